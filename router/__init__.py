@@ -1,0 +1,1 @@
+"""The gateway: sends each prompt to the worker that holds the most of its KV cache."""

@@ -1,0 +1,1 @@
+"""The KV cache connector that runs inside each vLLM instance."""
