@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,30 +14,7 @@ from typing import Any
 
 import httpx
 
-ENGINE_FLAGS = ("--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "2048", "--host", "127.0.0.1")
-ENGINE_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_SERVER_DEV_MODE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def vllm_metadata(directory: Path) -> Path:
-    """A folder that, on PYTHONPATH, lets the CPU build (distribution ``vllm-cpu``) find itself as ``vllm``."""
-    info = directory / "vllm-0.32.0+cpu.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-    return directory
+from router.demo_fleet import ENGINE_ENVIRONMENT, ENGINE_FLAGS, cpu_build_metadata, free_port
 
 
 @dataclass
@@ -126,7 +102,7 @@ def start_engine(
         command += ["--kv-transfer-config", json.dumps(config)]
     workspace.mkdir(parents=True, exist_ok=True)
     log = workspace / f"engine-{port}.log"
-    path = os.pathsep.join(filter(None, [str(vllm_metadata(workspace / "metadata")), os.environ.get("PYTHONPATH")]))
+    path = cpu_build_metadata(workspace / "metadata")
     env = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": path, **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
