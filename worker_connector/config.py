@@ -1,0 +1,233 @@
+"""The connector's settings, from wherever the user keeps them.
+
+Sources, strongest first: ``kv_connector_extra_config``, environment (``WARMROUTE_*``, then ``LMCACHE_*``), YAML file
+(``WARMROUTE_CONFIG_FILE``, then ``LMCACHE_CONFIG_FILE``), defaults. Settings may be flat (``cpu_bytes``) or grouped
+(``cpu: {bytes: 20GiB}``). Names written for LMCache and for vLLM's own offloading are read too, each with one log line
+that names the spelling used here. A name that is not known, or that asks for something this build does not have, is an
+error: nothing is ignored in silence.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from worker_connector.config_names import ABSENT, ALIASES, SECTIONS, asks
+from worker_connector.config_values import (
+    boolean,
+    choice,
+    fraction,
+    non_negative,
+    optional_text,
+    port,
+    positive,
+    seconds,
+    size,
+    text,
+)
+from worker_connector.errors import ConfigurationError
+
+EVICTION_POLICIES = ("lru",)
+
+_PREFIXES = ("warmroute.", "lmcache.")
+_LMCACHE_PROCESS_NAMES = frozenset({"config_file", "log_level", "use_experimental", "force_skip_save", "track_usage"})
+
+# A child of vLLM's logger, so that its handlers and level apply inside an engine.
+_log = logging.getLogger("vllm.warmroute.config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Every setting, checked. Sizes are bytes, durations are seconds.
+
+    Exactly one of ``cpu_bytes`` and ``cpu_ratio`` is set: the CPU tier's size per engine, over all its ranks, in bytes
+    or as a share of the bytes of its GPU KV cache.
+    """
+
+    chunk_size: int = 256
+    enable_prefix_cache: bool = True
+    enable_cpu: bool = True
+    cpu_bytes: int | None = 4 << 30
+    cpu_ratio: float | None = None
+    eviction_policy: str = "lru"
+    min_load_tokens: int = 0
+    load_or_compute: bool = True
+    model_name: str = ""
+    report_host: str = "127.0.0.1"
+    report_port: int = 5571
+    report_port_is_default: bool = True
+    report_token: str = field(default="", repr=False)
+    report_heartbeat_seconds: float = 1.0
+    report_digest_seconds: float = 5.0
+    report_queue_bytes: int = 64 << 20
+    report_max_readers: int = 64
+
+    @classmethod
+    def resolve(cls, extra: Mapping[str, Any], environ: Mapping[str, str]) -> Self:
+        """The settings that hold, from ``kv_connector_extra_config`` and the environment.
+
+        Raises:
+            ConfigurationError: a name is unknown, a value is impossible, or a file cannot be read.
+        """
+        values: dict[str, Any] = {}
+        for source, raw in _sources(extra, environ):
+            layer = _read_layer(source, raw)
+            if layer.keys() & {"cpu_bytes", "cpu_ratio"}:
+                values.pop("cpu_bytes", None)
+                values.pop("cpu_ratio", None)
+            values |= layer
+        if values.get("cpu_ratio") is not None:
+            values["cpu_bytes"] = None
+        return cls(**values, report_port_is_default="report_port" not in values)
+
+    def cpu_budget(self, gpu_bytes: int) -> int:
+        """Bytes of the CPU tier over all ranks, for an engine whose GPU KV cache has ``gpu_bytes``; 0 without one."""
+        if not self.enable_cpu:
+            return 0
+        return self.cpu_bytes if self.cpu_bytes is not None else int(gpu_bytes * (self.cpu_ratio or 0.0))
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "chunk_size": positive,
+    "enable_prefix_cache": boolean,
+    "enable_cpu": boolean,
+    "cpu_bytes": size,
+    "cpu_ratio": fraction,
+    "eviction_policy": choice(*EVICTION_POLICIES),
+    "min_load_tokens": non_negative,
+    "load_or_compute": boolean,
+    "model_name": text,
+    "report_host": text,
+    "report_port": port,
+    "report_token": optional_text,
+    "report_heartbeat_seconds": seconds,
+    "report_digest_seconds": seconds,
+    "report_queue_bytes": size,
+    "report_max_readers": positive,
+}
+SETTINGS = tuple(_PARSERS)
+"""Every setting's native name."""
+
+
+def _sources(extra: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Weakest first."""
+    for variable in ("LMCACHE_CONFIG_FILE", "WARMROUTE_CONFIG_FILE"):
+        if path := environ.get(variable):
+            yield f"{variable} {path}", _read_file(variable, path)
+    yield "environment", dict(_lmcache_environment(environ))
+    yield "environment", dict(_own_environment(environ))
+    yield "kv_connector_extra_config", extra
+
+
+def _read_file(variable: str, path: str) -> Mapping[str, Any]:
+    import yaml  # noqa: PLC0415 - present wherever vLLM is, and needed only with a file
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{variable} names {path}, which cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{variable} names {path}, which is no YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{variable} names {path}, which must hold a mapping of settings to values")
+    return content
+
+
+def _lmcache_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for variable in sorted(environ):
+        name = variable.removeprefix("LMCACHE_").lower()
+        if not variable.startswith("LMCACHE_") or name in _LMCACHE_PROCESS_NAMES:
+            continue
+        if _is_known(name):
+            yield name, environ[variable]
+        else:
+            _log.warning("%s has no meaning here and is not used", variable)
+
+
+def _own_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for variable in sorted(environ):
+        name = variable.removeprefix("WARMROUTE_").lower()
+        if not variable.startswith("WARMROUTE_"):
+            continue
+        if _is_known(name):
+            yield name, environ[variable]
+        elif nearest := difflib.get_close_matches(name, SETTINGS, 1, 0.85):
+            # The router reads WARMROUTE_* too, so only a near miss can be told for a mistake.
+            raise ConfigurationError(f"{variable} is no setting: did you mean WARMROUTE_{nearest[0].upper()}?")
+
+
+def _is_known(name: str) -> bool:
+    return name in _PARSERS or name in ALIASES or name in ABSENT
+
+
+def _read_layer(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    flat = dict(_flatten(source, raw))
+    for name, value in flat.items():
+        if value is None:
+            continue
+        if name in ABSENT:
+            _refuse_absent(source, name, value, flat)
+            continue
+        for native, parsed in _parse(source, name, value).items():
+            if native in values and values[native] != parsed:
+                raise ConfigurationError(f"{source}: {spelled[native]} and {name} both set {native}: keep one of them")
+            values[native], spelled[native] = parsed, name
+    if {"cpu_bytes", "cpu_ratio"} <= values.keys():
+        raise ConfigurationError(
+            f"{source}: {spelled['cpu_bytes']} and {spelled['cpu_ratio']} both size the CPU tier: keep one of them"
+        )
+    return values
+
+
+def _flatten(source: str, raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for given, value in raw.items():
+        name = str(given)
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        if name in ("warmroute", "lmcache") and isinstance(value, Mapping):
+            yield from _flatten(source, value)
+        elif name in SECTIONS and isinstance(value, Mapping):
+            yield from _flatten_section(source, name, value)
+        elif _is_known(name):
+            yield name, value
+        else:
+            raise ConfigurationError(f"{source}: {_unknown(name, (*SETTINGS, *ALIASES, *ABSENT, *SECTIONS))}")
+
+
+def _flatten_section(source: str, section: str, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    names = SECTIONS[section]
+    for key, value in content.items():
+        if key not in names:
+            raise ConfigurationError(f"{source}: in {section}, {_unknown(str(key), tuple(names))}")
+        yield names[key], value
+
+
+def _unknown(name: str, known: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(name, known, 1, 0.0)
+    return f"{name!r} is no setting: did you mean {nearest[0]!r}?"
+
+
+def _parse(source: str, name: str, value: Any) -> dict[str, Any]:
+    try:
+        if name not in ALIASES:
+            return {name: _PARSERS[name](value)}
+        given = ALIASES[name](value)
+        parsed = {native: _PARSERS[native](part) for native, part in given.items()}
+    except ValueError as error:
+        raise ConfigurationError(f"{source}: {name} is {value!r}, but {error}") from error
+    # Values that came through an alias are sizes, switches and names: none is secret.
+    for native, part in parsed.items():
+        _log.info("%s: %s is read as %s: %s", source, name, native, part)
+    return parsed
+
+
+def _refuse_absent(source: str, name: str, value: Any, layer: Mapping[str, Any]) -> None:
+    absent = ABSENT[name]
+    if asks(absent, value, layer):
+        raise ConfigurationError(f"{source}: {name} is {value!r}, but {absent.reason}")
