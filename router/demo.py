@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 USERS = ("Ada", "Grace", "Linus", "Margaret")
-DOCUMENT_WORDS = 3400
-"""About 5,000 tokens: a document that the whole conversation is about."""
+DOCUMENT_WORDS = 4900
+"""One token each: a document that the whole conversation is about."""
 
 QUESTIONS = (
     "Summarise the document in one sentence.",

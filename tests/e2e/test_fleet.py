@@ -110,7 +110,7 @@ def test_conversations_stay_with_the_worker_that_is_warm_for_them(fleet: Fleet) 
 def test_cpu_tier_gives_the_same_tokens_in_a_fraction_of_the_time(fleet: Fleet) -> None:
     ratios = []
     for number in range(5):
-        prompt = words(f"long prompt {number}", 4700)
+        prompt = words(f"long prompt {number}", 5000)
         cold, cold_text = first_token_seconds(fleet.gateway.url, prompt)
         time.sleep(0.2)
         for engine in fleet.engines.values():
