@@ -1,0 +1,267 @@
+"""Settings of ``warmroute serve``: flags win over the environment, which wins over the YAML file."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from router.errors import ConfigError
+
+ENV_PREFIX = "WARMROUTE_"
+CONFIG_VARIABLE = "WARMROUTE_ROUTER_CONFIG"
+DEFAULT_REPORT_PORT = 5571
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+PolicyName = Literal["longest-hit", "least-loaded", "round-robin"]
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+# What an orchestrator adds for a service named after us, and variables that other parts of the product read.
+_FOREIGN_VARIABLES = re.compile(r"WARMROUTE_(SERVICE_.*|PORT_\d+_.*)")
+_TYPO_RATIO = 0.85
+
+
+class WorkerSpec(BaseModel):
+    """One worker: where its HTTP endpoint and its report port are. ``reports`` is HOST:PORT, or ``none``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    reports: str = ""
+    name: str = ""
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_http(cls, url: str) -> str:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"a worker is http://HOST:PORT, got {url!r}")
+        _ = parts.port  # raises ValueError when it is no port number
+        return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits_headers(cls, name: str) -> str:
+        if name and not _NAME.fullmatch(name):
+            raise ValueError(f"a worker's name is letters, digits, '.', '_', ':' and '-', got {name!r}")
+        return name
+
+    @model_validator(mode="after")
+    def _reports_are_an_address(self) -> Self:
+        _ = self.report_address
+        return self
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        parts = urlsplit(self.url)
+        return parts.port or (443 if parts.scheme == "https" else 80)
+
+    @property
+    def title(self) -> str:
+        """The name given, or HOST:PORT."""
+        return self.name or f"{self.host}:{self.port}"
+
+    @property
+    def report_address(self) -> tuple[str, int] | None:
+        """Host and port of the report stream; None for an engine without the connector."""
+        if self.reports == "none":
+            return None
+        return parse_address(self.reports) if self.reports else (self.host, DEFAULT_REPORT_PORT)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From ``URL[,reports=HOST:PORT|none][,name=NAME]``.
+
+        Raises:
+            ValueError: a part is not understood.
+        """
+        url, *options = text.strip().split(",")
+        members = {"url": url}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals or key not in ("reports", "name"):
+                raise ValueError(f"{option!r} in {text!r} is neither reports=HOST:PORT nor name=NAME")
+            members[key] = value
+        return cls(**members)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Times are in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    workers: Annotated[list[WorkerSpec], NoDecode] = Field(
+        default=[], description="URL[,reports=HOST:PORT][,name=NAME] of a worker; repeat for each"
+    )
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    policy: PolicyName = Field(default="longest-hit", description="how a worker is chosen")
+    saturation_seconds: float = Field(
+        default=2.0, gt=0, description="lead in prefill work, in seconds of it, at which the warmest worker gives way"
+    )
+    saturation_tokens: int | None = Field(
+        default=None, gt=0, description="the same lead as uncached tokens; overrides saturation-seconds"
+    )
+    tokenizer: str = Field(
+        default="", description="directory of the tokenizer; default: what the worker's model list names, if it is here"
+    )
+    chat_template: str = Field(default="", description="file with the chat template the workers were started with")
+    forward_token_ids: bool = Field(default=True, description="send token ids along, so that workers need not tokenize")
+    response_headers: bool = Field(default=True, description="add x-warmroute-* headers to responses")
+    max_in_flight: int = Field(default=1024, ge=1, description="requests served at once; more wait in the queue")
+    max_queue: int = Field(default=1024, ge=0, description="requests that may wait; more are answered 429")
+    queue_timeout: float = Field(default=30.0, gt=0, description="longest wait in the queue")
+    max_body_bytes: int = Field(default=64 << 20, ge=1024, description="largest request body")
+    max_bodies_bytes: int = Field(default=1 << 30, ge=1024, description="bodies held at once, all requests together")
+    max_header_bytes: int = Field(default=64 << 10, ge=1024, description="largest request head")
+    max_headers: int = Field(default=100, ge=1, description="most headers in a request")
+    body_timeout: float = Field(default=60.0, gt=0, description="longest wait for a request's body")
+    client_timeout: float = Field(default=300.0, gt=0, description="longest stall of a client that does not read")
+    connect_timeout: float = Field(default=2.0, gt=0, description="longest wait for a connection to a worker")
+    first_byte_timeout: float = Field(default=600.0, gt=0, description="longest wait for a worker's first byte")
+    idle_timeout: float = Field(default=120.0, gt=0, description="longest silence of a worker within a response")
+    retries: int = Field(default=2, ge=0, description="other workers tried before a response has begun")
+    breaker_failures: int = Field(default=5, ge=1, description="failures in a row that open a worker's breaker")
+    breaker_seconds: float = Field(default=5.0, gt=0, description="how long an open breaker keeps a worker out")
+    health_interval: float = Field(default=1.0, gt=0, description="time between health checks")
+    health_timeout: float = Field(default=2.0, gt=0, description="longest wait for a health check")
+    report_heartbeat: float = Field(default=1.0, gt=0, description="the workers' heartbeat period; three missed end it")
+    verify_entries: int = Field(default=20_000, ge=0, description="index entries recounted for each digest")
+    recent_requests: int = Field(default=1000, ge=0, le=1_000_000, description="routing decisions kept for inspection")
+    drain_timeout: float = Field(default=30.0, ge=0, description="how long requests may finish after a stop signal")
+    admin_token: SecretStr = Field(default=SecretStr(""), description="bearer token of the admin endpoints")
+    report_token: SecretStr = Field(default=SecretStr(""), description="token of the workers' report ports")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
+    seed: int | None = Field(default=None, description="seed of random choices, for repeatable runs")
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_from_text(cls, value: Any) -> Any:
+        items = re.split(r"[\s;]+", value.strip()) if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError("workers is a list of URL[,reports=HOST:PORT][,name=NAME]")  # noqa: TRY004 - pydantic's
+        return [WorkerSpec.parse(item) if isinstance(item, str) else item for item in items if item]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        titles = [worker.title for worker in self.workers]
+        twice = {title for title in titles if titles.count(title) > 1}
+        if twice:
+            raise ValueError(f"workers share a name: {', '.join(sorted(twice))}")
+        return self
+
+    @property
+    def admin_open(self) -> bool:
+        """Whether the admin endpoints may be used without a token: only where no other machine reaches them."""
+        return self.host in LOOPBACK
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)  # load() merges the sources itself, to name the one that is wrong
+
+
+def load(
+    flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, file: str | None = None
+) -> Settings:
+    """Settings from flags, environment and YAML file, in this order of precedence.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest valid one is named) or a value is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    file = file or environ.get(CONFIG_VARIABLE) or ""
+    merged = {**(_from_file(file) if file else {}), **_from_environment(environ), **(flags or {})}
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port from ``HOST:PORT``; an IPv6 host is written in brackets.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"an address is HOST:PORT, got {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def nearest(key: str, valid: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The valid key most like ``key``, if any is."""
+    return next(iter(difflib.get_close_matches(key, list(valid), 1, cutoff)), None)
+
+
+def policy_names() -> tuple[str, ...]:
+    return get_args(PolicyName)
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, not a {type(content).__name__}")
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in values:
+        if key not in Settings.model_fields:
+            raise ConfigError(f"{path}: {_unknown(key)}")
+    return values
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        if _FOREIGN_VARIABLES.fullmatch(variable) or (key == "port" and "://" in value):
+            continue
+        if key in Settings.model_fields:
+            values[key] = value
+        elif nearest(key, Settings.model_fields, _TYPO_RATIO):
+            raise ConfigError(f"environment variable {variable}: {_unknown(key)}")
+        else:
+            _log.debug("environment variable %s is none of the router's", variable)
+    return values
+
+
+def _unknown(key: str) -> str:
+    near = nearest(key, Settings.model_fields)
+    return f"unknown setting {key!r}" + (f"; did you mean {near!r}?" if near else "")
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(dict(item)) for item in error.errors(include_url=False))
+
+
+def _explain_one(item: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return _unknown(where)
+    return f"{where}: {item['msg']}" if where else str(item["msg"])

@@ -1,0 +1,371 @@
+"""Connections to a worker: an HTTP/1.1 client that adds as little as possible to a request.
+
+A connection carries one request at a time. Response bytes are buffered up to ``HIGH_WATER`` per connection; above it
+the socket is not read until they were taken, so a slow client slows its worker down and memory stays bounded. Deadlines
+are kept by one timer per worker that looks at its connections, not by one timer per request.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httptools
+
+from router.errors import ConnectFailed, UpstreamClosed, UpstreamError, UpstreamTimeout
+
+HIGH_WATER = 256 << 10
+KEEP_ALIVE_S = 4.0
+"""Idle connections are closed after this; uvicorn, and with it vLLM, keeps them for five seconds."""
+MAX_IDLE = 256
+MAX_HEAD_BYTES = 256 << 10
+TICK_S = 0.2
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Timeouts(NamedTuple):
+    """In seconds: to connect, to the first byte of a response's body, and of silence within it."""
+
+    connect: float
+    first_byte: float
+    idle: float
+
+
+class Response(NamedTuple):
+    """A whole response."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Connection(asyncio.Protocol):
+    """One connection; ``status`` and ``headers`` (names in lower case) are valid after ``head()``."""
+
+    def __init__(self, worker: str, idle_timeout: float, loop: asyncio.AbstractEventLoop) -> None:
+        self._worker = worker
+        self._idle_timeout = idle_timeout
+        self._loop = loop
+        self._transport: asyncio.Transport = None  # type: ignore[assignment] # set by connection_made
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: UpstreamError | None = None
+        self._paused = False
+        self.used = False
+        self.idle_since = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._head_size = 0
+        self._head_done = self._done = self._until_close = self._surplus = False
+        self._keep_alive = True
+        self.headers: Headers = []
+        self.status = 0
+        self.deadline = 0.0
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request may follow."""
+        return self._error is None and self._keep_alive and not self._surplus and not self._transport.is_closing()
+
+    @property
+    def complete(self) -> bool:
+        """The whole response has arrived, taken or not."""
+        return self._done
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing of the response has arrived."""
+        return not self._head_size and not self._head_done
+
+    def send(self, head: bytes, body: bytes, first_byte_timeout: float) -> None:
+        """Send a request. The previous response must be complete."""
+        if self.used:
+            self._reset()
+        self.used = True
+        self.deadline = self._loop.time() + first_byte_timeout
+        self._transport.writelines((head, body))
+
+    async def head(self) -> None:
+        """Wait for status and headers.
+
+        Raises:
+            UpstreamError: the worker failed before sending them.
+        """
+        while not self._head_done:
+            await self._more()
+
+    async def read(self) -> bytes:
+        """The body bytes that have arrived, waiting for some; empty at the end.
+
+        Raises:
+            UpstreamError: the worker failed before the response was complete.
+        """
+        while not self._chunks:
+            if self._done:
+                return b""
+            await self._more()
+        return self._take()
+
+    async def read_whole(self, limit: int) -> bytes:
+        """The body up to its end, or the first part of it that exceeds ``limit``; ``complete`` tells which."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            if self._chunks:
+                parts.append(self._take())
+                size += len(parts[-1])
+            if self._done or size > limit:
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            await self._more()
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        """Close at once; whoever waits gets ``error``. Buffered bytes are dropped."""
+        self._fail(error or UpstreamClosed(self._worker, "was hung up on"))
+        self._chunks, self._size = [], 0
+        self._transport.abort()
+
+    def check_deadline(self, now: float) -> None:
+        if self._done or self._paused or self._error is not None or now < self.deadline:
+            return
+        what = "sent nothing more in time" if self._head_done else "did not answer in time"
+        self.abort(UpstreamTimeout(self._worker, what))
+
+    async def _more(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    def _take(self) -> bytes:
+        chunks, self._chunks, self._size = self._chunks, [], 0
+        if self._paused:
+            self._paused = False
+            self.deadline = self._loop.time() + self._idle_timeout
+            self._transport.resume_reading()
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def _fail(self, error: UpstreamError) -> None:
+        if self._error is None:
+            self._error = error
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(self._error)
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment] # a stream transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._done:
+            # Nothing was asked for: whatever this is, it must not be taken for the next response.
+            self.abort(UpstreamClosed(self._worker, "sent bytes nobody asked for"))
+            return
+        if not self._head_done:
+            self._head_size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))
+            return
+        if self._chunks or self._done or self._head_done:
+            self._wake()
+        if self._size > HIGH_WATER and not self._paused and not self._done:
+            self._paused = True
+            self._transport.pause_reading()
+        elif not self._head_done and self._head_size > MAX_HEAD_BYTES:
+            self.abort(UpstreamClosed(self._worker, f"sent a response head above {MAX_HEAD_BYTES} bytes"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._until_close and exc is None and not self._done:
+            self._done, self._keep_alive = True, False
+            self._wake()
+        elif not self._done:
+            self._fail(UpstreamClosed(self._worker, "closed the connection before its response was complete"))
+        else:
+            self._keep_alive = False
+
+    # What the parser calls.
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_done:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        if self._done:
+            self._surplus = True
+            return
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            self.headers = []
+            return
+        self._head_done = True
+        self._keep_alive = self._parser.should_keep_alive()
+        self._until_close = not _has_length(self.headers) and self.status not in (204, 304)
+
+    def on_body(self, body: bytes) -> None:
+        if self._done:
+            return
+        self._chunks.append(body)
+        self._size += len(body)
+        self.deadline = self._loop.time() + self._idle_timeout
+
+    def on_message_complete(self) -> None:
+        self._done = self._head_done
+
+
+class Upstream:
+    """The connections to one worker. ``url`` is http(s)://HOST:PORT[/PREFIX]."""
+
+    def __init__(self, worker: str, url: str, timeouts: Timeouts) -> None:
+        parts = urlsplit(url)
+        self._worker = worker
+        self._host = parts.hostname or ""
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
+        self._prefix = parts.path.encode()
+        self._timeouts = timeouts
+        self._idle: list[Connection] = []
+        self._busy: set[Connection] = set()
+        self._ticker: asyncio.TimerHandle | None = None
+        self.host_header = parts.netloc.rpartition("@")[2].encode()
+
+    @property
+    def connections(self) -> int:
+        return len(self._idle) + len(self._busy)
+
+    def request_head(self, method: bytes, target: bytes, headers: Iterable[tuple[bytes, bytes]], length: int) -> bytes:
+        """Request line and headers, Host and Content-Length among them."""
+        lines = [method, b" ", self._prefix, target, b" HTTP/1.1\r\nhost: ", self.host_header]
+        lines.append(b"\r\ncontent-length: %d\r\n" % length)
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+    async def exchange(self, head: bytes, body: bytes, first_byte_timeout: float | None = None) -> Connection:
+        """Send a request and wait for the response's head. Return the connection with ``release``.
+
+        A kept connection that turns out to be closed is replaced, once, by a fresh one: nothing was answered on it.
+
+        Raises:
+            UpstreamError: the worker cannot be reached or failed to answer.
+        """
+        deadline = first_byte_timeout or self._timeouts.first_byte
+        while True:
+            connection = self._kept() or await self._connect()
+            reused = connection.used
+            self._busy.add(connection)
+            self._tick()
+            try:
+                connection.send(head, body, deadline)
+                await connection.head()
+            except UpstreamClosed:
+                self.release(connection)
+                if not reused or not connection.untouched:
+                    raise
+                self.close_idle()
+            except BaseException:
+                self.release(connection)
+                raise
+            else:
+                return connection
+
+    async def fetch(self, method: str, target: str, body: Any = None, *, timeout: float) -> Response:  # noqa: ASYNC109
+        """One whole exchange of the control plane; ``body`` is bytes of JSON or None; ``timeout`` covers all of it.
+
+        Raises:
+            UpstreamError: the worker cannot be reached or did not answer in time.
+        """
+        payload: bytes = body or b""
+        headers = [(b"accept", b"application/json")] + ([(b"content-type", b"application/json")] if body else [])
+        head = self.request_head(method.encode(), target.encode(), headers, len(payload))
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._fetch(head, payload, timeout)
+        except TimeoutError as error:
+            raise UpstreamTimeout(self._worker, f"did not answer {method} {target} within {timeout:g} s") from error
+
+    async def _fetch(self, head: bytes, body: bytes, deadline: float) -> Response:
+        connection = await self.exchange(head, body, deadline)
+        try:
+            content = await connection.read_whole(16 << 20)
+            return Response(connection.status, connection.headers, content)
+        finally:
+            self.release(connection)
+
+    def release(self, connection: Connection) -> None:
+        """Give a connection back: kept when its response is complete, closed at once otherwise."""
+        self._busy.discard(connection)
+        if connection.complete and connection.reusable and len(self._idle) < MAX_IDLE:
+            connection.idle_since = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    def close_idle(self) -> None:
+        """Close the connections nobody uses."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.close_idle()
+        for connection in tuple(self._busy):
+            connection.abort()
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
+
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+        return None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._timeouts.connect):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self._worker, self._timeouts.idle, loop), self._host, self._port, ssl=self._tls
+                )
+                return connection
+        except TimeoutError as error:
+            what = f"accepted no connection within {self._timeouts.connect:g} s"
+            raise ConnectFailed(self._worker, what) from error
+        except OSError as error:
+            raise ConnectFailed(self._worker, f"cannot be reached: {error}") from error
+
+    def _tick(self) -> None:
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().call_later(TICK_S, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._ticker = None
+        now = asyncio.get_running_loop().time()
+        for connection in tuple(self._busy):
+            connection.check_deadline(now)
+        kept = [connection for connection in self._idle if connection.reusable]
+        self._idle = [connection for connection in kept if now - connection.idle_since < KEEP_ALIVE_S]
+        for connection in kept:
+            if now - connection.idle_since >= KEEP_ALIVE_S:
+                connection.abort()
+        if self._busy or self._idle:
+            self._tick()
+
+
+def _has_length(headers: Headers) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in headers)

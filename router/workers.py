@@ -1,0 +1,289 @@
+"""The workers: what each serves, whether it can take requests, how loaded it is, and what is known of its cache."""
+
+from typing import Literal
+
+import msgspec
+
+from kv_protocol.messages import Heartbeat, Hello
+from router.config import WorkerSpec
+from router.errors import Conflict
+from router.upstream import Upstream
+
+REPORTED_AFTER_S = 0.25
+"""A request sent this long before a heartbeat is part of the load the heartbeat names."""
+DECODE_TOKENS = 64
+"""What a running request weighs in the load beside its uncached tokens, so that decoding fills a worker up too."""
+TRUST_FLOOR = 0.5
+_TRUST_STEP = 0.2
+
+Parity = Literal["unchecked", "exact", "mismatch", "unavailable"]
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """One entry of a worker's ``/v1/models``; ``parent`` is set for a LoRA adapter."""
+
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+    created: int = 0
+    owned_by: str = "vllm"
+
+
+class Flight(msgspec.Struct, eq=False):
+    """A request on its way: the prompt tokens the worker has to compute, until it has computed them."""
+
+    sent_at: float
+    uncached: int
+    reported: bool = False
+
+
+class Load:
+    """Uncached tokens a worker still has to compute.
+
+    The router counts what it sends, from the moment it sends it. A worker with the connector also says how many tokens
+    wait, counting every router's requests; from each heartbeat on its figure stands for the requests it had by then,
+    and only those sent since are counted here.
+    """
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._own = 0
+        self._reported = 0
+        self._flights: set[Flight] = set()
+
+    @property
+    def uncached_tokens(self) -> int:
+        return self._own + self._reported
+
+    def sent(self, flight: Flight) -> None:
+        self.in_flight += 1
+        self._own += flight.uncached
+        self._flights.add(flight)
+
+    def computed(self, flight: Flight) -> None:
+        """The first byte came: the prompt is computed. Calling it again changes nothing."""
+        if flight.reported:
+            self._reported = max(0, self._reported - flight.uncached)
+        else:
+            self._own -= flight.uncached
+        flight.uncached = 0
+
+    def finished(self, flight: Flight) -> None:
+        self.computed(flight)
+        self.in_flight -= 1
+        self._flights.discard(flight)
+
+    def heartbeat(self, uncached_tokens: int, now: float) -> None:
+        """Take the worker's own figure. O(requests in flight)."""
+        for flight in self._flights:
+            if not flight.reported and now - flight.sent_at > REPORTED_AFTER_S:
+                self._own -= flight.uncached
+                flight.reported = True
+        self._reported = uncached_tokens
+
+    def unreported(self) -> None:
+        """The worker's figure is gone: count every request here again."""
+        for flight in self._flights:
+            if flight.reported:
+                self._own += flight.uncached
+                flight.reported = False
+        self._reported = 0
+
+
+class Breaker:
+    """Keeps a worker out after failures in a row; then lets one request try. Each failed try doubles the time, up to
+    sixteen times."""
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        self._limit = failures
+        self._seconds = seconds
+        self._failures = 0
+        self._openings = 0
+        self._closed_until = 0.0
+        self._trying = False
+
+    @property
+    def state(self) -> Literal["closed", "open", "half-open"]:
+        if not self._openings:
+            return "closed"
+        return "half-open" if self._trying else "open"
+
+    def allows(self, now: float) -> bool:
+        return not self._openings or (now >= self._closed_until and not self._trying)
+
+    def begin(self) -> None:
+        """A request is sent; while open, it is the one that tries."""
+        self._trying = bool(self._openings)
+
+    def succeeded(self) -> None:
+        self._failures = self._openings = 0
+        self._trying = False
+
+    def abandoned(self) -> None:
+        """The request ended without saying anything about the worker."""
+        self._trying = False
+
+    def failed(self, now: float) -> None:
+        self._trying = False
+        self._failures += 1
+        if self._failures >= self._limit:
+            self._closed_until = now + self._seconds * (1 << min(self._openings, 4))
+            self._openings += 1
+
+
+class Worker:
+    """One engine: the unit requests are routed to."""
+
+    def __init__(self, spec: WorkerSpec, upstream: Upstream, breaker: Breaker) -> None:
+        self.name = spec.title
+        self.header_name = self.name.encode("ascii", "replace")
+        self.spec = spec
+        self.upstream = upstream
+        self.breaker = breaker
+        self.load = Load()
+        self.up = False
+        self.down_reason = "not checked yet"
+        self.draining = False
+        self.models: dict[str, ModelCard] = {}
+        self.engine_version = ""
+        self.hello: Hello | None = None
+        self.heartbeat: Heartbeat | None = None
+        self.heartbeat_at = 0.0
+        self.synced = False
+        self.reports_error = ""
+        self.parity: Parity = "unchecked"
+        self.takes_token_ids = False
+        self.trust = 1.0
+        self.relists: dict[str, int] = {}
+        self.digests_checked = 0
+        self.digest_mismatches = 0
+        self.epochs = 0
+        self.predictions = {"exact": 0, "over": 0, "under": 0}
+
+    @property
+    def source(self) -> Literal["connector", "none"]:
+        """Where knowledge of its cache comes from: ``connector`` while a report stream is open."""
+        return "connector" if self.hello is not None else "none"
+
+    @property
+    def namespace(self) -> tuple[str, int] | None:
+        """Model name and chunk size its chunk hashes descend from; None while nothing of its cache is known."""
+        return (self.hello.model, self.hello.chunk_size) if self.hello is not None else None
+
+    @property
+    def weight(self) -> int:
+        """Its load in tokens: what waits to be computed, and a share for each request it runs."""
+        return self.load.uncached_tokens + DECODE_TOKENS * max(self.load.in_flight, self._reported_requests())
+
+    @property
+    def prefill_speed(self) -> float:
+        """Tokens per second as the worker measured it; 0 where unknown."""
+        return self.heartbeat.prefill_speed if self.heartbeat is not None else 0.0
+
+    def max_model_len(self, model: str) -> int:
+        """Longest context in tokens; 0 where unknown."""
+        card = self.models.get(model)
+        return (card.max_model_len or 0) if card is not None else 0
+
+    def available(self, now: float) -> bool:
+        """Whether a request may be sent to it."""
+        return self.up and not self.draining and self.breaker.allows(now)
+
+    def judge(self, *, right: bool) -> bool:
+        """Take a prediction's outcome into account; whether trust just fell below the floor."""
+        before = self.trust
+        self.trust += _TRUST_STEP * ((1.0 if right else 0.0) - self.trust)
+        return before >= TRUST_FLOOR > self.trust
+
+    def believed(self, tokens: int) -> int:
+        """Hit tokens as far as they can be counted on."""
+        return tokens if self.trust >= TRUST_FLOOR else int(tokens * self.trust)
+
+    def mark_down(self, reason: str) -> None:
+        self.up = False
+        self.down_reason = reason
+        self.upstream.close_idle()
+
+    def forget_reports(self) -> None:
+        """The report stream is gone, and with it what was known from it."""
+        self.hello = self.heartbeat = None
+        self.synced = False
+        self.load.unreported()
+
+    def _reported_requests(self) -> int:
+        return self.heartbeat.running + self.heartbeat.waiting if self.heartbeat is not None else 0
+
+
+class Pool(msgspec.Struct, frozen=True):
+    """The workers that serve one model name. ``lora`` is the adapter's name, empty for a base model; ``base`` the model
+    it belongs to."""
+
+    model: str
+    base: str
+    lora: str
+    root: str
+    workers: tuple[Worker, ...]
+
+
+class Registry:
+    """All workers, and the pools they form."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._pools: dict[str, Pool] = {}
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        return tuple(self._workers.values())
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """By model name."""
+        return self._pools
+
+    def add(self, worker: Worker) -> None:
+        """Raises:
+        Conflict: another worker has the name or the URL.
+        """
+        for other in self._workers.values():
+            if other.name == worker.name or other.spec.url == worker.spec.url:
+                raise Conflict(f"worker {other.name} at {other.spec.url} is there already", param="url")
+        self._workers[worker.name] = worker
+        self.regroup()
+
+    def remove(self, name: str) -> Worker | None:
+        worker = self._workers.pop(name, None)
+        self.regroup()
+        return worker
+
+    def get(self, name: str) -> Worker | None:
+        return self._workers.get(name)
+
+    def find(self, name: str) -> Worker | None:
+        """By name or by URL."""
+        return self._workers.get(name) or next((w for w in self._workers.values() if w.spec.url == name), None)
+
+    def regroup(self) -> None:
+        """Form the pools anew from the workers' model lists. Models of workers that are down stay known."""
+        members: dict[str, list[Worker]] = {}
+        for worker in self._workers.values():
+            for model in worker.models:
+                members.setdefault(model, []).append(worker)
+        self._pools = {model: _pool(model, workers) for model, workers in members.items()}
+
+    @property
+    def undescribed(self) -> int:
+        """Workers whose models are not known yet."""
+        return sum(not worker.models for worker in self._workers.values())
+
+
+def _pool(model: str, workers: list[Worker]) -> Pool:
+    card = workers[0].models[model]
+    parent = card.parent or ""
+    base = parent or model
+    root = next((w.models[base].root for w in workers if base in w.models and w.models[base].root), None)
+    return Pool(model, base, model if parent else "", root or "", tuple(workers))
