@@ -25,7 +25,9 @@ FIGURES = (
     Figure("requests_with_hit", "Requests that reused at least one token."),
     Figure("prompt_tokens", "Prompt tokens of the requests that began to run."),
     Figure("hit_tokens", "Prompt tokens reused instead of computed, by the tier they came from.", by_tier=True),
-    Figure("saved_seconds", "Prefill time that hits saved, less the time their loads took, in seconds."),
+    Figure("timed_hits", "Requests with a hit whose prefill speed was known, so that their saving could be estimated."),
+    Figure("avoided_seconds", "Prefill time of the reused tokens of timed_hits, at the measured speed, in seconds."),
+    Figure("waited_seconds", "Time that requests of timed_hits waited for their loads, in seconds."),
     Figure("load_chunks", "Chunks loaded into the GPU.", by_tier=True),
     Figure("load_bytes", "Bytes loaded into the GPU.", by_tier=True),
     Figure("load_seconds", "Time that loads took, in seconds.", by_tier=True),
@@ -65,15 +67,18 @@ class Stats:
         prefill_speed: float = 0.0,
         load_seconds: float = 0.0,
     ) -> None:
-        """A request began to run with these hits by tier. ``prefill_speed`` is the engine's measured tokens per second,
-        0 while unknown: the request's saving is then not counted."""
+        """A request began to run with these hits by tier, after waiting ``load_seconds`` for its loads.
+        ``prefill_speed`` is the engine's measured tokens per second, 0 while unknown: the request's saving is then
+        not estimated."""
         hits = sum(hit_tokens.values())
         self.add("requests", 1)
         self.add("prompt_tokens", prompt_tokens)
         if hits:
             self.add("requests_with_hit", 1)
             if prefill_speed > 0:
-                self.add("saved_seconds", hits / prefill_speed - load_seconds)
+                self.add("timed_hits", 1)
+                self.add("avoided_seconds", hits / prefill_speed)
+                self.add("waited_seconds", load_seconds)
         for tier, tokens in hit_tokens.items():
             self.add("hit_tokens", tokens, tier)
 
@@ -151,14 +156,15 @@ def summary(counts: Counts) -> dict[str, Any]:
     ``hit_rate`` is the share of prompt tokens that were reused; ``avg_ttft_reduction`` the mean seconds saved per
     request with a hit: its hit tokens over the measured prefill speed, less the time its loads took.
     """
-    with_hit = _of(counts, "requests_with_hit")
+    timed = _of(counts, "timed_hits")
+    saved = _of(counts, "avoided_seconds") - _of(counts, "waited_seconds")
     prompt_tokens = _of(counts, "prompt_tokens")
     hit_tokens = sum(counts.get("hit_tokens", {}).values())
     return {
         "hit_rate": hit_tokens / prompt_tokens if prompt_tokens else 0.0,
-        "avg_ttft_reduction": _of(counts, "saved_seconds") / with_hit if with_hit else 0.0,
+        "avg_ttft_reduction": saved / timed if timed else 0.0,
         "requests": int(_of(counts, "requests")),
-        "requests_with_hit": int(with_hit),
+        "requests_with_hit": int(_of(counts, "requests_with_hit")),
         "prompt_tokens": int(prompt_tokens),
         "hit_tokens": int(hit_tokens),
         "report": {name: int(_of(counts, name)) for name in ("report_readers", "dropped_readers", "relists")},
