@@ -1,0 +1,375 @@
+"""A request body to the token ids its worker would make of it."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from router.chat_template import ChatTemplate, ContentFormat
+from router.conversation import conversation_of, tools_of
+from router.errors import ConfigError, InvalidRequest, Unrenderable
+from router.splice import Kind, can_carry_ids, splice_token_ids
+from router.tokenizer import LOOP_BUDGET_S, Tokenizer, build_tokenizer
+from router.tokenizer_files import TokenizerFiles
+
+__all__ = ["PromptBuilder", "can_carry_ids", "splice_token_ids", "tokenize_request"]
+
+_REASONING_EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+_TOKENIZE_FIELDS = (
+    "model",
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+)
+_MAX_INT64 = 2**63 - 1
+
+
+class PromptBuilder:
+    """Builds prompts for one model. Holds no request state: safe to share by threads and tasks.
+
+    ``backend`` names the tokenizer in use, "fastokens" or "tokenizers".
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: str | Mapping[str, str] | None,
+        *,
+        chat_template: str | None = None,
+        processor_template: str | None = None,
+        content_format: Literal["auto", "string", "openai"] = "auto",
+        default_template_kwargs: Mapping[str, Any] | None = None,
+        drop_tools_when_tool_choice_none: bool = False,
+        max_model_len: int | None = None,
+        own_chat_encoding: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.backend = tokenizer.backend
+        self.max_model_len = max_model_len
+        self._named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+        self._chat_template = chat_template
+        self._processor_template = processor_template
+        self._content_format = content_format
+        self._default_arguments = dict(default_template_kwargs or {})
+        self._drop_tools = drop_tools_when_tool_choice_none
+        self._own_chat_encoding = own_chat_encoding
+        self._compiled: dict[str, ChatTemplate] = {}
+
+    @classmethod
+    def load(cls, tokenizer_path: str | Path, chat_template: str | None = None, **settings: Any) -> "PromptBuilder":
+        """Load from a directory, or by repository name from the local Hugging Face cache.
+
+        ``chat_template`` and ``settings`` repeat the flags the worker was started with: a path, a template's text or
+        the name of one of the model's templates (--chat-template), ``content_format`` (--chat-template-content-format),
+        ``default_template_kwargs`` (--default-chat-template-kwargs), ``drop_tools_when_tool_choice_none``
+        (--exclude-tools-when-tool-choice-none) and ``max_model_len``, which some truncations depend on.
+
+        Raises:
+            ConfigError: the files are missing or broken.
+            Unrenderable: this tokenizer is not known to be reproduced exactly.
+        """
+        files = TokenizerFiles.read(tokenizer_path)
+        templates = files.chat_templates()
+        return cls(
+            Tokenizer(build_tokenizer(files)),
+            templates,
+            chat_template=_given_template(chat_template, templates),
+            processor_template=files.processor_template(),
+            own_chat_encoding=files.own_chat_encoding(),
+            **settings,
+        )
+
+    def chat(self, body: dict[str, Any]) -> list[int]:
+        """Token ids of a /v1/chat/completions body.
+
+        Raises:
+            InvalidRequest: a field has a type no OpenAI-compatible server takes; names it.
+            Unrenderable: only the worker can tell.
+        """
+        if (ids := _forwarded_ids(body)) is not None:
+            return ids
+        text = self.render(body)
+        return self._tokens(text, body, add_special_tokens=_flag(body, "add_special_tokens", default=False))
+
+    async def chat_async(self, body: dict[str, Any]) -> list[int]:
+        """Like ``chat``; long conversations are built in a thread."""
+        if self._is_quick(_chat_length(body)):
+            return self.chat(body)
+        return await asyncio.to_thread(self.chat, body)
+
+    def render(self, body: dict[str, Any]) -> str:
+        """The text the chat template makes of a /v1/chat/completions body. Raises as ``chat`` does."""
+        if self._own_chat_encoding:
+            raise Unrenderable(f"vLLM encodes chats for {self._own_chat_encoding} without a chat template")
+        if body.get("chat_template") is not None:
+            raise Unrenderable("the request brings its own chat template")
+        tools = tools_of(body.get("tools"))
+        if self._drop_tools and body.get("tool_choice") == "none":
+            tools = None
+        template = self._template(with_tools=tools is not None)
+        content_format: ContentFormat = (
+            template.content_format if self._content_format == "auto" else self._content_format
+        )
+        arguments = self._arguments(body)
+        generate, resume = _continuation(body)
+        return template.render(
+            conversation_of(body.get("messages"), content_format),
+            tools=tools,
+            documents=_documents(body, arguments),
+            add_generation_prompt=generate,
+            continue_final_message=resume,
+            arguments=arguments,
+        )
+
+    def completion(self, body: dict[str, Any]) -> list[list[int]]:
+        """Token ids of a /v1/completions body, one list per prompt; prompts given as ids pass through.
+
+        Raises:
+            InvalidRequest: ``prompt`` is missing, empty or of a type no OpenAI-compatible server takes.
+            Unrenderable: only the worker can tell.
+        """
+        for key in ("suffix", "prompt_embeds"):
+            if body.get(key) is not None:
+                raise Unrenderable(f"{key} is set")
+        special = _flag(body, "add_special_tokens", default=True)
+        prompts = []
+        for prompt in _prompts(body.get("prompt")):
+            if isinstance(prompt, str):
+                ids = self._tokens(prompt, body, add_special_tokens=special)
+            else:
+                ids = self._cut(prompt, body)
+            if not ids:
+                raise Unrenderable("a prompt has no tokens")
+            prompts.append(ids)
+        return prompts
+
+    async def completion_async(self, body: dict[str, Any]) -> list[list[int]]:
+        """Like ``completion``; long prompts are built in a thread."""
+        if self._is_quick(_prompt_length(body.get("prompt"))):
+            return self.completion(body)
+        return await asyncio.to_thread(self.completion, body)
+
+    def _is_quick(self, characters: int) -> bool:
+        return self.tokenizer.seconds_for(characters) <= LOOP_BUDGET_S
+
+    def _template(self, *, with_tools: bool) -> ChatTemplate:
+        source = self._chat_template
+        if source is None and not with_tools:
+            source = self._processor_template
+        if source is None and with_tools:
+            source = self._named.get("tool_use")
+        if source is None:
+            source = self._named.get("default")
+        if source is None:
+            raise Unrenderable("the model has no default chat template")
+        if source not in self._compiled:
+            self._compiled[source] = ChatTemplate(source, self.tokenizer.special_tokens)
+        return self._compiled[source]
+
+    def _arguments(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        given = body.get("chat_template_kwargs")
+        if given is not None and not isinstance(given, dict):
+            raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
+        arguments = dict(given or {})
+        effort = body.get("reasoning_effort")
+        if effort is not None:
+            if effort not in _REASONING_EFFORTS:
+                raise Unrenderable("reasoning_effort has a value that only some workers know")
+            arguments.setdefault("enable_thinking", effort != "none")
+            arguments["reasoning_effort"] = effort
+        if body.get("documents") is not None:
+            arguments["documents"] = body["documents"]
+        for field in ("add_generation_prompt", "continue_final_message"):
+            arguments.pop(field, None)
+        given = {key: value for key, value in arguments.items() if not _is_unset(value)}
+        return self._default_arguments | given
+
+    def _tokens(self, text: str, body: Mapping[str, Any], *, add_special_tokens: bool) -> list[int]:
+        keep, side = self._truncation(body)
+        if keep is None:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if side is None:
+            return self.tokenizer.encode_truncated(text, keep, add_special_tokens=add_special_tokens)
+        longest = (self.max_model_len or 0) * self.tokenizer.max_chars_per_token
+        if len(text) > longest:
+            raise Unrenderable("truncation_side cuts the text itself, at a length that depends on the model's context")
+        return self._cut(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), body)
+
+    def _cut(self, ids: list[int], body: Mapping[str, Any]) -> list[int]:
+        keep, side = self._truncation(body)
+        if keep is None or keep >= len(ids):
+            return ids
+        return ids[:keep] if side == "right" else ids[-keep:]
+
+    def _truncation(self, body: Mapping[str, Any]) -> tuple[int | None, str | None]:
+        """How many tokens to keep and at which end they are dropped; vLLM drops on the left unless told."""
+        keep, side = body.get("truncate_prompt_tokens"), body.get("truncation_side")
+        if side not in (None, "left", "right"):
+            raise InvalidRequest('truncation_side must be "left" or "right"', param="truncation_side")
+        if keep is None:
+            return None, side
+        if type(keep) is not int or not -1 <= keep <= _MAX_INT64:
+            raise Unrenderable("truncate_prompt_tokens is not a whole number from -1 on")
+        if keep == 0 or (self.max_model_len is not None and keep > self.max_model_len):
+            raise Unrenderable("truncate_prompt_tokens keeps nothing, or more than the model's context")
+        if keep == -1:
+            keep = self._whole_context(body)
+        return keep, side
+
+    def _whole_context(self, body: Mapping[str, Any]) -> int:
+        if self.max_model_len is None:
+            raise Unrenderable("truncate_prompt_tokens is -1 and the model's context length is not known here")
+        limit = body.get("max_completion_tokens")
+        if limit is None:
+            # Completions generate 16 tokens unless told otherwise, chats as many as fit.
+            limit = body.get("max_tokens", 16 if "prompt" in body else None)
+        return self.max_model_len - 1 if limit else self.max_model_len
+
+
+def tokenize_request(body: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """The /tokenize body whose answer is what the worker makes of ``body``; for completions of one text prompt.
+
+    /tokenize itself ignores ``documents`` and ``reasoning_effort``, so they travel as template arguments.
+
+    Raises:
+        Unrenderable: /tokenize has no way to say it (truncation, a suffix, prompts that are not one text).
+    """
+    for key in ("truncate_prompt_tokens", "suffix", "prompt_embeds"):
+        if body.get(key) is not None:
+            raise Unrenderable(f"/tokenize knows no {key}")
+    if kind == "completions":
+        if not isinstance(body.get("prompt"), str):
+            raise Unrenderable("/tokenize takes one text")
+        return {key: body[key] for key in ("model", "prompt", "add_special_tokens") if key in body}
+    request = {key: body[key] for key in _TOKENIZE_FIELDS if key in body}
+    if isinstance(request.get("messages"), list):
+        request["messages"] = [_with_reasoning(message) for message in request["messages"]]
+    arguments = dict(request.get("chat_template_kwargs") or {})
+    if (effort := body.get("reasoning_effort")) is not None:
+        arguments.setdefault("enable_thinking", effort != "none")
+        arguments["reasoning_effort"] = effort
+    if body.get("documents") is not None:
+        arguments["documents"] = body["documents"]
+    return request | ({"chat_template_kwargs": arguments} if arguments else {})
+
+
+def _with_reasoning(message: Any) -> Any:
+    if not isinstance(message, dict) or "reasoning_content" not in message:
+        return message
+    renamed = {key: value for key, value in message.items() if key != "reasoning_content"}
+    if renamed.get("reasoning") is None and message["reasoning_content"] is not None:
+        renamed["reasoning"] = message["reasoning_content"]
+    return renamed
+
+
+def _given_template(chat_template: str | None, templates: str | Mapping[str, str] | None) -> str | None:
+    if chat_template is None:
+        return None
+    if any(character in chat_template for character in "{}\n"):
+        return chat_template
+    if isinstance(templates, Mapping) and chat_template in templates:
+        return templates[chat_template]
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"chat template {chat_template!r} is neither a file nor a template of the model")
+    return path.read_text(encoding="utf-8")
+
+
+def _forwarded_ids(body: Mapping[str, Any]) -> list[int] | None:
+    """Ids the client itself sends along, which the worker then uses as they are."""
+    params = body.get("kv_transfer_params")
+    ids = params.get("prompt_token_ids") if isinstance(params, dict) else None
+    if ids is None or body.get("echo"):
+        return None
+    if not isinstance(ids, list) or not ids or any(type(item) is not int or item < 0 for item in ids):
+        field = "kv_transfer_params.prompt_token_ids"
+        raise InvalidRequest(f"{field} must be a non-empty list of non-negative integers", param=field)
+    conversation_of(body.get("messages") or [{"role": "user"}], "string")
+    return ids
+
+
+def _continuation(body: Mapping[str, Any]) -> tuple[bool, bool]:
+    generate = _flag(body, "add_generation_prompt", default=True)
+    resume = _flag(body, "continue_final_message", default=False)
+    if not (generate and resume):
+        return generate, resume
+    if "add_generation_prompt" in body:
+        message = "add_generation_prompt and continue_final_message cannot both be true"
+        raise InvalidRequest(message, param="continue_final_message")
+    raise Unrenderable("continue_final_message is set without add_generation_prompt=false")
+
+
+def _documents(body: Mapping[str, Any], arguments: dict[str, Any]) -> list[dict[str, Any]] | None:
+    documents = arguments.pop("documents", None)
+    if documents is None:
+        return None
+    if not isinstance(documents, list) or not all(isinstance(item, dict) for item in documents):
+        raise InvalidRequest("documents must be a list of objects", param="documents")
+    if body.get("documents") is not None and not all(
+        isinstance(value, str) for item in documents for value in item.values()
+    ):
+        raise InvalidRequest("documents must hold strings only", param="documents")
+    return documents
+
+
+def _flag(body: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = body.get(name, default)
+    if isinstance(value, list | dict):
+        raise InvalidRequest(f"{name} must be true or false, got {type(value).__name__}", param=name)
+    if not isinstance(value, bool):
+        # Workers read 1, "yes" and their like as booleans, each version its own way.
+        raise Unrenderable(f"{name} is neither true nor false")
+    return value
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value == "auto"
+
+
+def _prompts(prompt: Any) -> list[str] | list[list[int]]:
+    if prompt is None or prompt in ("", []):
+        raise InvalidRequest("prompt must not be empty", param="prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise InvalidRequest(
+            f"prompt must be a string, a list of strings, or token ids, got {type(prompt).__name__}", param="prompt"
+        )
+    if all(isinstance(item, str) for item in prompt):
+        return prompt
+    if all(isinstance(item, list) for item in prompt):
+        return [_checked_ids(item, f"prompt[{index}]") for index, item in enumerate(prompt)]
+    return [_checked_ids(prompt, "prompt")]
+
+
+def _checked_ids(ids: list[Any], where: str) -> list[int]:
+    for index, item in enumerate(ids):
+        if type(item) is int and item >= 0:
+            continue
+        if isinstance(item, bool | float | str):
+            raise Unrenderable(f"{where} mixes token ids with {type(item).__name__}")
+        raise InvalidRequest(f"{where}[{index}] must be a non-negative integer", param=f"{where}[{index}]")
+    return ids
+
+
+def _chat_length(body: Mapping[str, Any]) -> int:
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return 0
+    return sum(_text_length(m.get("content")) for m in messages if isinstance(m, dict))
+
+
+def _text_length(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(len(part.get("text") or "") for part in content if isinstance(part, dict))
+    return len(content) if isinstance(content, str) else 0
+
+
+def _prompt_length(prompt: Any) -> int:
+    return sum(len(item) for item in prompt if isinstance(item, str)) if isinstance(prompt, list) else len(prompt or "")
