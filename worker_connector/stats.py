@@ -124,6 +124,12 @@ class Stats:
         """Everything since the start."""
         return {name: dict(tiers) for name, tiers in list(self._total.items())}
 
+    def answer(self) -> dict[str, Any]:
+        """What the report port's ``stats`` operation answers: ``counts`` for programs that add engines up, and the
+        same as a summary."""
+        counts = self.total()
+        return {"counts": counts, "started": self.started, **summary(counts)}
+
     def _moved(self, kind: str, tier: str, chunks: int, nbytes: int, seconds: float) -> None:
         self.add(f"{kind}_chunks", chunks, tier)
         self.add(f"{kind}_bytes", nbytes, tier)
