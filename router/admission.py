@@ -47,8 +47,8 @@ class Admission:
                 return
         self.in_flight -= 1
 
-    def hold(self, size: int) -> None:
-        """Count body bytes; free() gives them back.
+    def hold(self, size: int) -> int:
+        """Count body bytes and return how many; free() gives them back.
 
         Raises:
             Busy: all bodies together would take too much memory.
@@ -56,6 +56,7 @@ class Admission:
         if self.bytes + size > self._max_bytes:
             raise Busy("request bodies take all the memory set aside for them: try again later", retry_after=1)
         self.bytes += size
+        return size
 
     def free(self, size: int) -> None:
         self.bytes -= size

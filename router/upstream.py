@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._size = 0
         self._head_size = 0
-        self._head_done = self._done = self._until_close = self._surplus = False
+        self._head_done = self._done = self._until_close = self._surplus = self._body_begun = False
         self._keep_alive = True
         self.headers: Headers = []
         self.status = 0
@@ -76,6 +76,16 @@ class Connection(asyncio.Protocol):
     def complete(self) -> bool:
         """The whole response has arrived, taken or not."""
         return self._done
+
+    @property
+    def buffered(self) -> int:
+        """Body bytes that arrived and were not taken."""
+        return self._size
+
+    @property
+    def body_begun(self) -> bool:
+        """Some of the response's body has arrived."""
+        return self._body_begun
 
     @property
     def untouched(self) -> bool:
@@ -216,6 +226,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._done:
             return
+        self._body_begun = True
         self._chunks.append(body)
         self._size += len(body)
         self.deadline = self._loop.time() + self._idle_timeout
@@ -229,7 +240,7 @@ class Upstream:
 
     def __init__(self, worker: str, url: str, timeouts: Timeouts) -> None:
         parts = urlsplit(url)
-        self._worker = worker
+        self.worker = worker
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
@@ -294,7 +305,7 @@ class Upstream:
             async with asyncio.timeout(timeout):
                 return await self._fetch(head, payload, timeout)
         except TimeoutError as error:
-            raise UpstreamTimeout(self._worker, f"did not answer {method} {target} within {timeout:g} s") from error
+            raise UpstreamTimeout(self.worker, f"did not answer {method} {target} within {timeout:g} s") from error
 
     async def _fetch(self, head: bytes, body: bytes, deadline: float) -> Response:
         connection = await self.exchange(head, body, deadline)
@@ -340,14 +351,14 @@ class Upstream:
         try:
             async with asyncio.timeout(self._timeouts.connect):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._worker, self._timeouts.idle, loop), self._host, self._port, ssl=self._tls
+                    lambda: Connection(self.worker, self._timeouts.idle, loop), self._host, self._port, ssl=self._tls
                 )
                 return connection
         except TimeoutError as error:
             what = f"accepted no connection within {self._timeouts.connect:g} s"
-            raise ConnectFailed(self._worker, what) from error
+            raise ConnectFailed(self.worker, what) from error
         except OSError as error:
-            raise ConnectFailed(self._worker, f"cannot be reached: {error}") from error
+            raise ConnectFailed(self.worker, f"cannot be reached: {error}") from error
 
     def _tick(self) -> None:
         if self._ticker is None:

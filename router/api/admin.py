@@ -1,0 +1,210 @@
+"""The admin endpoints: workers, index, dry runs, recent requests."""
+
+import asyncio
+import hmac
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, ConfigDict
+
+from router.config import LOOPBACK, WorkerSpec
+from router.errors import Forbidden, InvalidRequest, NotFound, TooLarge, Unauthorized
+from router.splice import Kind
+from router.workers import Worker
+
+if TYPE_CHECKING:
+    from router.app import Gateway
+    from router.pipeline import Plan, Routed
+
+
+class Selector(BaseModel):
+    """Names a worker, by name or by URL."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    worker: str
+
+
+class DrainRequest(Selector):
+    """``drain`` false takes a worker back into service."""
+
+    drain: bool = True
+
+
+def make_admin(gateway: "Gateway") -> APIRouter:
+    router = APIRouter(prefix="/admin", dependencies=[Depends(_guard(gateway))])
+
+    @router.get("/workers")
+    async def workers() -> Any:
+        return {"workers": [describe(worker) for worker in gateway.registry.workers]}
+
+    @router.post("/workers", status_code=201)
+    async def add(spec: WorkerSpec) -> Any:
+        return describe(gateway.add_worker(spec))
+
+    @router.delete("/workers")
+    async def remove(worker: Annotated[str, Query()]) -> Any:
+        found = _find(gateway, worker)
+        await gateway.remove_worker(found)
+        return {"removed": found.name}
+
+    @router.post("/workers/drain")
+    async def drain(request: DrainRequest) -> Any:
+        found = _find(gateway, request.worker)
+        found.draining = request.drain
+        return describe(found)
+
+    @router.get("/index")
+    async def index() -> Any:
+        return describe_index(gateway)
+
+    @router.post("/route")
+    async def route(request: Request, endpoint: Literal["chat", "completions"] | None = None) -> Any:
+        raw = await _bounded_body(request, gateway.settings.max_body_bytes)
+        plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
+        return explanation(gateway, plan, routed)
+
+    @router.get("/requests")
+    async def requests(
+        id: str | None = None,  # noqa: A002 - the name in the URL
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+    ) -> Any:
+        kept = gateway.settings.recent_requests
+        recent = gateway.accounting.recent(kept if id else limit)
+        return {"requests": [msgspec.to_builtins(item) for item in recent if id is None or item.request_id == id]}
+
+    return router
+
+
+def describe(worker: Worker) -> dict[str, Any]:
+    """Everything known of a worker, for people and programs. Times in seconds."""
+    hello, beat = worker.hello, worker.heartbeat
+    now = asyncio.get_running_loop().time()
+    return {
+        "name": worker.name,
+        "url": worker.spec.url,
+        "up": worker.up,
+        "down_reason": worker.down_reason,
+        "draining": worker.draining,
+        "breaker": worker.breaker.state,
+        "engine_version": worker.engine_version,
+        "models": [msgspec.to_builtins(card) for card in worker.models.values()],
+        "in_flight": worker.load.in_flight,
+        "uncached_tokens": worker.load.uncached_tokens,
+        "cache_source": worker.source,
+        "routed_by": "cache and load" if hello is not None else "load only",
+        "reports": {
+            "address": None if worker.spec.report_address is None else "{}:{}".format(*worker.spec.report_address),
+            "error": worker.reports_error,
+            "synced": worker.synced,
+            "epoch": hello.epoch if hello else None,
+            "chunk_size": hello.chunk_size if hello else None,
+            "connector_version": hello.version if hello else None,
+            "tiers": msgspec.to_builtins(hello.tiers) if hello else [],
+            "heartbeat": msgspec.to_builtins(beat) if beat else None,
+            "heartbeat_age_s": round(now - worker.heartbeat_at, 3) if beat else None,
+        },
+        "tokenization": {"parity": worker.parity, "takes_token_ids": worker.takes_token_ids},
+        "trust": round(worker.trust, 3),
+        "predictions": dict(worker.predictions),
+        "relists": dict(worker.relists),
+    }
+
+
+def describe_index(gateway: "Gateway") -> dict[str, Any]:
+    """Sizes, freshness and trust of what is known of each worker's cache, and who tokenizes for each model."""
+    now = asyncio.get_running_loop().time()
+    workers = {
+        worker.name: {
+            "source": worker.source,
+            "synced": worker.synced,
+            "chunks": gateway.index.sizes(worker.name),
+            "heartbeat_age_s": round(now - worker.heartbeat_at, 3) if worker.heartbeat else None,
+            "digests_checked": worker.digests_checked,
+            "digest_mismatches": worker.digest_mismatches,
+            "relists": dict(worker.relists),
+            "epochs": worker.epochs,
+            "trust": round(worker.trust, 3),
+            "predictions": dict(worker.predictions),
+        }
+        for worker in gateway.registry.workers
+    }
+    tokenization = {
+        model: {"by": prompts.by, "why_not_router": prompts.why_not} for model, prompts in gateway.prompts.items()
+    }
+    return {"entries": len(gateway.index), "workers": workers, "tokenization": tokenization}
+
+
+def explanation(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> dict[str, Any]:
+    """Which worker a request would go to and why, with every candidate's hit in tokens by tier."""
+    hits = routed.hits if routed else {}
+    candidates = [
+        {
+            "worker": item.worker.name,
+            "hit_tokens": hits[item.worker.name].total,
+            "hit_tokens_by_tier": gateway.pipeline.tiers(plan, item.worker),
+            "uncached_tokens_in_flight": item.worker.load.uncached_tokens,
+            "in_flight": item.in_flight,
+            "load": item.load,
+            "trust": round(item.worker.trust, 3),
+            "cache_source": item.worker.source,
+        }
+        for item in (routed.candidates if routed else ())
+    ]
+    return {
+        "model": plan.pool.model,
+        "policy": gateway.policy.name,
+        "worker": routed.choice.worker.name if routed else None,
+        "reason": routed.choice.reason if routed else "no worker can take requests",
+        "prompt_tokens": plan.prompt_tokens,
+        "tokenized_by": plan.tokenized.by,
+        "why_not_router": plan.tokenized.why,
+        "candidates": candidates,
+    }
+
+
+def _guard(gateway: "Gateway") -> Any:
+    token = gateway.settings.admin_token.get_secret_value()
+
+    async def guard(request: Request) -> None:
+        if token:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode("latin-1"), token.encode()):
+                raise Unauthorized("the admin endpoints want 'Authorization: Bearer <admin token>'")
+        elif not gateway.settings.admin_open:
+            raise Forbidden(
+                "the admin endpoints are closed: other machines can reach this address and no admin token is set. "
+                "Start with --admin-token (or WARMROUTE_ADMIN_TOKEN), or listen on 127.0.0.1",
+                code="admin_closed",
+            )
+        elif request.url.hostname not in LOOPBACK:
+            # A page in a browser on this machine can have its own name resolve to 127.0.0.1.
+            raise Forbidden("without an admin token the admin endpoints answer to localhost only", code="admin_closed")
+
+    return guard
+
+
+def _find(gateway: "Gateway", name: str) -> Worker:
+    worker = gateway.registry.find(name)
+    if worker is None:
+        names = ", ".join(item.name for item in gateway.registry.workers) or "none"
+        raise NotFound(f"there is no worker {name!r}; there are: {names}", param="worker", code="worker_not_found")
+    return worker
+
+
+async def _bounded_body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise TooLarge(f"the request's body exceeds {limit} bytes")
+    return bytes(body)
+
+
+def _kind_of(raw: bytes) -> Kind:
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    return "completions" if isinstance(body, dict) and "messages" not in body and "prompt" in body else "chat"

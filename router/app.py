@@ -1,0 +1,223 @@
+"""The gateway: every part made and wired, started and stopped; and the ASGI application around it."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+from kv_protocol.messages import Admitted
+from router.accounting import Accounting
+from router.admission import Admission
+from router.client import Client, Receive, Scope, Send
+from router.config import Settings, WorkerSpec
+from router.errors import MethodNotAllowed, NotFound
+from router.health import Monitor
+from router.index import Index
+from router.metrics import Metrics, forget
+from router.pipeline import PATHS, Pipeline
+from router.policies import make_policy
+from router.pool_prompts import PoolPrompts
+from router.reports import Sweeper, Watcher
+from router.upstream import Timeouts, Upstream
+from router.workers import Breaker, Registry, Worker
+
+FIRST_CHECK_S = 20.0
+"""Longest wait at start for workers to be checked and tokenizers to be loaded."""
+
+_log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """All parts of one router process. Make it, ``start`` it in a running event loop, ``close`` it there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.registry = Registry()
+        self.index = Index()
+        self.admission = Admission(
+            settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes
+        )
+        self.metrics = Metrics(self.registry, self.index, self.admission)
+        self.accounting = Accounting(settings.recent_requests, self.metrics, self._distrusted)
+        self.prompts: dict[str, PoolPrompts] = {}
+        self.policy = make_policy(settings)
+        self.pipeline = Pipeline(
+            settings=settings,
+            registry=self.registry,
+            index=self.index,
+            policy=self.policy,
+            admission=self.admission,
+            accounting=self.accounting,
+            metrics=self.metrics,
+            prompts=self.prompts,
+        )
+        self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
+        self._watchers: dict[str, Watcher] = {}
+        self._monitors: dict[str, Monitor] = {}
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._others: set[asyncio.Task[None]] = set()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+
+    async def start(self) -> None:
+        """Start watching the workers; returns when each was checked once, or after ``FIRST_CHECK_S``."""
+        self._spawn(Sweeper(self.index).run())
+        monitors = [self._monitors[self.add_worker(spec).name] for spec in self.settings.workers]
+        try:
+            async with asyncio.timeout(FIRST_CHECK_S):
+                await asyncio.gather(*(monitor.checked.wait() for monitor in monitors))
+                await asyncio.gather(*(self._loaded(model) for model in tuple(self._loading)))
+        except TimeoutError:
+            _log.warning("serving before every worker was checked")
+
+    async def close(self) -> None:
+        """Stop every task and close every connection."""
+        tasks = [task for tasks in self._tasks.values() for task in tasks] + list(self._others)
+        tasks += self._loading.values()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for worker in self.registry.workers:
+            worker.upstream.close()
+
+    def add_worker(self, spec: WorkerSpec) -> Worker:
+        """Add a worker and start to watch it.
+
+        Raises:
+            Conflict: its name or URL is taken.
+        """
+        settings = self.settings
+        timeouts = Timeouts(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout)
+        breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
+        worker = Worker(spec, Upstream(spec.title, spec.url, timeouts), breaker)
+        self.registry.add(worker)
+        monitor = self._monitors[worker.name] = Monitor(
+            worker,
+            self.registry,
+            interval=settings.health_interval,
+            timeout=settings.health_timeout,
+            came_up=self._qualify,
+        )
+        self._tasks[worker.name] = [asyncio.create_task(monitor.run())]
+        if spec.report_address is not None:
+            watcher = self._watchers[worker.name] = self._watcher(worker)
+            self._tasks[worker.name].append(asyncio.create_task(watcher.run()))
+        return worker
+
+    async def remove_worker(self, worker: Worker) -> None:
+        """Send nothing more to a worker and forget it; requests it is serving are finished."""
+        self.registry.remove(worker.name)
+        self._watchers.pop(worker.name, None)
+        self._monitors.pop(worker.name, None)
+        tasks = self._tasks.pop(worker.name, [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._spawn(self._retire(worker))
+
+    def _watcher(self, worker: Worker) -> Watcher:
+        return Watcher(
+            worker,
+            self.index,
+            token=self.settings.report_token.get_secret_value(),
+            heartbeat=self.settings.report_heartbeat,
+            verify_entries=self.settings.verify_entries,
+            admitted=self._admitted,
+            lost=self._lost,
+            rng=self._rng,
+        )
+
+    async def _retire(self, worker: Worker) -> None:
+        for _ in range(round(self.settings.drain_timeout * 10)):
+            if not worker.load.in_flight:
+                break
+            await asyncio.sleep(0.1)
+        worker.upstream.close()
+        forget(self.metrics, worker)
+
+    def _admitted(self, worker: Worker, message: Admitted) -> None:
+        self.accounting.admitted(worker, message)
+
+    def _lost(self, worker: Worker) -> None:
+        if worker.up:
+            worker.mark_down("its report stream broke off")
+        if monitor := self._monitors.get(worker.name):
+            monitor.nudge()
+
+    def _distrusted(self, worker: Worker) -> None:
+        _log.warning("worker %s reused less than predicted again and again: its cache is listed again", worker.name)
+        if watcher := self._watchers.get(worker.name):
+            watcher.relist("trust")
+
+    async def _qualify(self, worker: Worker) -> None:
+        for model in [card.id for card in worker.models.values() if not card.parent]:
+            await self._loaded(model)
+            prompts = self.prompts[model]
+            await prompts.check(worker)
+            worker.takes_token_ids = (
+                self.settings.forward_token_ids and worker.parity == "exact" and await prompts.probe_token_ids(worker)
+            )
+
+    async def _loaded(self, model: str) -> None:
+        """Wait until the model's tokenizer is loaded; the first to ask loads it."""
+        if model not in self._loading:
+            self.prompts[model] = PoolPrompts(model)
+            self._loading[model] = asyncio.create_task(self._load(model))
+        await asyncio.shield(self._loading[model])
+
+    async def _load(self, model: str) -> None:
+        pool = self.registry.pools.get(model)
+        root = pool.root if pool is not None else ""
+        limit = max((worker.max_model_len(model) for worker in pool.workers), default=0) if pool is not None else 0
+        await self.prompts[model].load(self.settings.tokenizer or root, self.settings.chat_template, limit)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+
+
+class Application:
+    """The ASGI application: the two hot endpoints at once, everything else by way of ``rest``."""
+
+    def __init__(self, gateway: Gateway, rest: Any) -> None:
+        self.gateway = gateway
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        kind = PATHS.get(scope["path"])
+        if kind is None:
+            await self._rest(scope, receive, send)
+        elif scope["method"] == "POST":
+            await self.gateway.pipeline.handle(Client(scope, receive, send), kind)
+        else:
+            await Client(scope, receive, send).fail(MethodNotAllowed(f"{scope['path']} takes POST"))
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.gateway.start()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.gateway.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+
+def create_app(settings: Settings) -> Application:
+    """The application for these settings; its lifespan starts and stops the gateway."""
+    from router.api import make_rest  # noqa: PLC0415 - the api modules take the gateway's type from here
+
+    gateway = Gateway(settings)
+    return Application(gateway, make_rest(gateway))
+
+
+def not_found(path: str) -> NotFound:
+    """The answer for a path nobody serves."""
+    return NotFound(f"there is no {path} here", code="not_found")

@@ -1,0 +1,141 @@
+"""The ``warmroute`` command."""
+
+import asyncio
+import inspect
+import logging
+import sys
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from router.config import DEFAULT_REPORT_PORT, LOOPBACK, Settings, load, parse_address
+from router.errors import ConfigError
+
+app = typer.Typer(
+    name="warmroute",
+    help="Routes every prompt to the vLLM instance that already holds the most of its KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_RENAMED = {"workers": "--worker"}
+_HIDDEN_DEFAULTS = frozenset({"admin_token", "report_token", "workers"})
+
+
+def serve(config: str | None, **flags: Any) -> None:
+    """Run the gateway."""
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    try:
+        settings = load(given, file=config)
+    except ConfigError as error:
+        _quit(str(error))
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    if not settings.workers:
+        _quit("no workers: name at least one with --worker http://HOST:PORT")
+    _warn_if_open(settings)
+    from router.app import create_app  # noqa: PLC0415 - keeps the other commands quick
+    from router.server import make_server  # noqa: PLC0415
+
+    try:
+        make_server(create_app(settings), settings).run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from router.api.openai import package_version  # noqa: PLC0415 - only here
+
+    typer.echo(package_version())
+
+
+@app.command()
+def stats(
+    address: Annotated[str, typer.Argument(help="HOST:PORT of a worker's report port")] = (
+        f"127.0.0.1:{DEFAULT_REPORT_PORT}"
+    ),
+    token: Annotated[str, typer.Option(envvar="WARMROUTE_REPORT_TOKEN", help="token of the report port")] = "",
+) -> None:
+    """Print a worker's cache figures as JSON."""
+    import json  # noqa: PLC0415
+
+    from kv_protocol.errors import ProtocolError  # noqa: PLC0415
+    from router.reports import call  # noqa: PLC0415
+
+    try:
+        figures = asyncio.run(call(parse_address(address), "stats", token=token))
+    except (OSError, ProtocolError, ValueError) as error:
+        text = str(error) or type(error).__name__
+        _quit(f"no figures from {address}: {text}. Is it the report port of a running worker?")
+    typer.echo(json.dumps(figures, indent=2, default=str))
+
+
+@app.command()
+def demo(
+    *,
+    exit_after: Annotated[bool, typer.Option("--exit", help="end after the conversation")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the figures to this file")] = None,
+    port: Annotated[int, typer.Option(help="port of the gateway")] = 8080,
+) -> None:
+    """Start two real vLLM workers and the gateway here, and show what warm means."""
+    from router import demo as demonstration  # noqa: PLC0415 - brings its own dependencies
+
+    raise typer.Exit(demonstration.main(exit_after=exit_after, json_path=json_path, port=port))
+
+
+def main() -> None:
+    """Entry point of the ``warmroute`` command."""
+    app()
+
+
+def _quit(message: str) -> Any:
+    typer.echo(f"warmroute: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _warn_if_open(settings: Settings) -> None:
+    if settings.host not in LOOPBACK and not settings.admin_token.get_secret_value():
+        logging.getLogger(__name__).warning(
+            "listening on %s without an admin token: the admin endpoints are closed; set --admin-token to open them",
+            settings.host,
+        )
+
+
+def _option(name: str) -> inspect.Parameter:
+    """One flag per setting, described by the setting itself."""
+    field = Settings.model_fields[name]
+    flag = _RENAMED.get(name, "--" + name.replace("_", "-"))
+    text = field.description or ""
+    if name not in _HIDDEN_DEFAULTS and field.default is not None and field.default != "":
+        text += f" [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+    kind: Any = list[str] | None if name == "workers" else _flag_type(field.annotation) | None
+    declaration = f"{flag}/--no-{flag[2:]}" if kind == bool | None else flag
+    annotation = Annotated[kind, typer.Option(declaration, help=text, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _flag_type(annotation: Any) -> Any:
+    if get_origin(annotation) is UnionType:
+        annotation = next(kind for kind in get_args(annotation) if kind is not NoneType)
+    return annotation if annotation in (bool, int, float) else str
+
+
+def _add_serve() -> None:
+    help_text = "YAML file of settings; flags and environment win [env: WARMROUTE_ROUTER_CONFIG]"
+    config = Annotated[str | None, typer.Option("--config", help=help_text, show_default=False)]
+    first = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config)
+    parameters = [first, *(_option(name) for name in Settings.model_fields)]
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # read by typer
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command()(serve)
+
+
+_add_serve()
+
+if __name__ == "__main__":
+    main()

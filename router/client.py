@@ -1,0 +1,135 @@
+"""The client's side of one request: its body, its response, and whether it is still there."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Self
+
+from router.errors import ApiError, ClientGone, RequestTimeout, TooLarge
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+CONNECTION = "warmroute.connection"
+"""Scope key under which our server passes the connection; see router.server."""
+
+
+class Client:
+    """While the context is open, the request's task is cancelled as soon as the client goes away; ``gone`` then tells
+    that from any other cancellation. Under a server that is not ours a task waits for the disconnect instead."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self._connection = scope.get(CONNECTION)
+        self._task: asyncio.Task[Any] | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self.gone = False
+        self.started = False
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.current_task()
+        if self._connection is not None:
+            self._connection.on_lost = self._lost
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._task = None
+        if self._connection is not None:
+            self._connection.on_lost = None
+        if self._listener is not None:
+            self._listener.cancel()
+
+    @property
+    def declared_length(self) -> int:
+        """Content-Length, 0 where there is none."""
+        declared = next((value for name, value in self.scope["headers"] if name == b"content-length"), b"0")
+        return int(declared) if declared.isdigit() else 0
+
+    async def read_body(self, limit: int, timeout: float) -> bytes:  # noqa: ASYNC109 - one deadline for all of it
+        """The whole body.
+
+        Raises:
+            TooLarge: it exceeds ``limit`` bytes.
+            RequestTimeout: it did not arrive in time.
+            ClientGone: the client left.
+        """
+        if self.declared_length > limit:
+            raise _too_large(limit)
+        try:
+            async with asyncio.timeout(timeout):
+                body = await self._read(limit)
+        except TimeoutError as error:
+            raise RequestTimeout(f"the request's body did not arrive within {timeout:g} s") from error
+        if self._connection is None:
+            self._listener = asyncio.create_task(self._listen())
+        return body
+
+    async def start(self, status: int, headers: Headers) -> None:
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, data: bytes) -> None:
+        """Send body bytes; waits while the client does not read."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def finish(self, data: bytes = b"") -> None:
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def fail(self, error: ApiError, request_id: str = "") -> None:
+        """Answer with an error object."""
+        body = error.body()
+        headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
+        if request_id:
+            headers.append((b"x-request-id", request_id.encode("latin-1")))
+        await self.start(error.status, headers)
+        await self.finish(body)
+
+    def hang_up(self) -> None:
+        """End a response that cannot be completed so that the client sees it is not complete.
+
+        Raises:
+            ClientGone: always, under a server that only understands exceptions.
+        """
+        if self._connection is None:
+            raise ClientGone("the response could not be completed")
+        self._connection.abort()
+
+    async def _read(self, limit: int) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client left before its request was complete")
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body"):
+            return body
+        return await self._read_rest(bytearray(body), limit)
+
+    async def _read_rest(self, body: bytearray, limit: int) -> bytes:
+        more = True
+        while more:
+            if len(body) > limit:
+                raise _too_large(limit)
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone("the client left before its request was complete")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if len(body) > limit:
+            raise _too_large(limit)
+        return bytes(body)
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._lost()
+
+    def _lost(self) -> None:
+        self.gone = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the request's body exceeds {limit} bytes")

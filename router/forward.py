@@ -1,0 +1,143 @@
+"""The forward step: a request to its worker, and the response back to the client as the worker sent it.
+
+Status, end-to-end headers and body bytes are the worker's own. Event streams are passed on in whole events: when a
+worker dies in the middle of one, the client gets every event that was complete and then an error event, never half of
+one. Nothing is sent to the client before the first body byte is there, so that until then another worker can take over.
+"""
+
+import re
+from collections.abc import Callable
+
+import msgspec
+
+from router.client import Client, Headers
+from router.errors import BadGateway, RetryableStatus, UpstreamError
+from router.parse import response_headers
+from router.upstream import Connection, Upstream
+
+RETRYABLE = frozenset({502, 503, 504})
+WHOLE_BYTES = 1 << 20
+"""A response that is no event stream is completed before it is passed on, up to this size."""
+_LONGEST_EVENT = 256 << 10
+_CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
+_ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+class Delivery(msgspec.Struct, eq=False):
+    """What a response told. ``broken`` says why it ended early, though its client was told."""
+
+    status: int = 0
+    cached_tokens: int | None = None
+    broken: UpstreamError | None = None
+
+    def scan(self, data: bytes) -> None:
+        """Look for the tokens the worker says it reused; inside a JSON string the pattern cannot occur unescaped."""
+        if b'"cached_tokens":' in data and (found := _CACHED.findall(data)):
+            self.cached_tokens = int(found[-1])
+
+
+async def forward(
+    client: Client,
+    upstream: Upstream,
+    head: bytes,
+    body: bytes,
+    *,
+    extra: Headers,
+    may_retry: Callable[[], bool],
+    first_byte: Callable[[], None],
+) -> Delivery:
+    """Send a request and deliver its response. ``first_byte`` is called when the response's body begins.
+
+    Raises:
+        UpstreamError: the worker failed and nothing was sent to the client.
+    """
+    connection = await upstream.exchange(head, body)
+    try:
+        if connection.status in RETRYABLE and may_retry():
+            raise RetryableStatus(upstream.worker, f"answered {connection.status}")
+        delivery = Delivery(connection.status)
+        headers = _merged(connection.headers, extra)
+        if _is_event_stream(headers):
+            await _stream(client, connection, headers, delivery, first_byte)
+        else:
+            await _whole(client, connection, headers, delivery, first_byte)
+        return delivery
+    finally:
+        upstream.release(connection)
+
+
+async def _whole(
+    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[], None]
+) -> None:
+    try:
+        data = await connection.read_whole(WHOLE_BYTES)
+    except UpstreamError as error:
+        if not connection.body_begun:
+            raise
+        delivery.broken = error
+        await client.fail(BadGateway(f"{error}; the response is not complete"))
+        return
+    first_byte()
+    delivery.scan(data)
+    await client.start(connection.status, headers)
+    if connection.complete and not connection.buffered:
+        await client.finish(data)
+        return
+    try:
+        while data:
+            await client.write(data)
+            data = await connection.read()
+            delivery.scan(data)
+    except UpstreamError as error:
+        delivery.broken = error
+        client.hang_up()
+        return
+    await client.finish()
+
+
+async def _stream(
+    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[], None]
+) -> None:
+    data = await connection.read()
+    first_byte()
+    await client.start(connection.status, headers)
+    held = b""
+    try:
+        while data:
+            if held:
+                data = held + data
+            data, held = _whole_events(data)
+            delivery.scan(data)
+            if data:
+                await client.write(data)
+            data = await connection.read()
+    except UpstreamError as error:
+        delivery.broken = error
+        await client.finish(_error_event(error))
+        return
+    await client.finish(held)
+
+
+def _whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """The bytes up to the end of the last whole event, and the rest."""
+    if data.endswith(_ENDS):
+        return data, b""
+    end = max(data.rfind(mark) + len(mark) if mark in data else 0 for mark in _ENDS)
+    if not end and len(data) > _LONGEST_EVENT:
+        return data, b""
+    return data[:end], data[end:]
+
+
+def _error_event(error: UpstreamError) -> bytes:
+    return b"data: " + BadGateway(f"{error}; the response is not complete", code="worker_failed").body() + b"\n\n"
+
+
+def _merged(headers: Headers, extra: Headers) -> Headers:
+    kept = response_headers(headers)
+    if any(name == b"x-request-id" for name, _ in kept):
+        extra = [header for header in extra if header[0] != b"x-request-id"]
+    return kept + extra
+
+
+def _is_event_stream(headers: Headers) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)

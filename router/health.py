@@ -1,0 +1,120 @@
+"""Health: which workers answer, what they serve, and what each can do."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from router.errors import UpstreamError
+from router.workers import ModelCard, Registry, Worker
+
+_DESCRIBE_TIMEOUT_S = 5.0
+_FAILURES_TO_DOWN = 2
+
+_log = logging.getLogger(__name__)
+
+
+class _ModelList(msgspec.Struct):
+    data: list[ModelCard]
+
+
+class Monitor:
+    """Checks one worker, once per interval. ``checked`` is set after the first time; ``came_up`` is awaited in the background each time it starts to answer."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        registry: Registry,
+        *,
+        interval: float,
+        timeout: float,
+        came_up: Callable[[Worker], Awaitable[None]],
+    ) -> None:
+        self._worker = worker
+        self._registry = registry
+        self._interval = interval
+        self._timeout = timeout
+        self._came_up = came_up
+        self._nudged = asyncio.Event()
+        self.checked = asyncio.Event()
+        self._failures = 0
+        self._qualifying: asyncio.Task[None] | None = None
+
+    def nudge(self) -> None:
+        """Check now."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        """Check until cancelled."""
+        try:
+            while True:
+                self._nudged.clear()
+                await self.check()
+                self.checked.set()
+                try:
+                    async with asyncio.timeout(self._interval):
+                        await self._nudged.wait()
+                except TimeoutError:
+                    pass
+                else:
+                    await asyncio.sleep(self._interval / 20)  # a nudge asks for haste, not for a storm
+        finally:
+            if self._qualifying is not None:
+                self._qualifying.cancel()
+
+    async def check(self) -> None:
+        """One check: health, and for a worker that was down also what it serves."""
+        try:
+            answer = await self._worker.upstream.fetch("GET", "/health", timeout=self._timeout)
+        except UpstreamError as error:
+            self._failed(str(error))
+            return
+        if answer.status != 200:
+            self._failed(f"GET /health answered {answer.status}")
+            return
+        self._failures = 0
+        if not self._worker.up:
+            await self._describe()
+
+    async def _describe(self) -> None:
+        worker = self._worker
+        try:
+            models = await worker.upstream.fetch("GET", "/v1/models", timeout=_DESCRIBE_TIMEOUT_S)
+            cards = msgspec.json.decode(models.body, type=_ModelList).data
+        except (UpstreamError, msgspec.DecodeError) as error:
+            self._failed(f"its model list cannot be read: {error}")
+            return
+        if models.status != 200 or not cards:
+            self._failed(f"its model list is empty or answered {models.status}")
+            return
+        worker.models = {card.id: card for card in cards}
+        worker.engine_version = await self._version()
+        worker.up, worker.down_reason = True, ""
+        self._registry.regroup()
+        _log.info("worker %s is up, serving %s", worker.name, ", ".join(worker.models))
+        if self._qualifying is not None:
+            self._qualifying.cancel()
+        self._qualifying = asyncio.create_task(self._qualify())
+
+    async def _version(self) -> str:
+        try:
+            answer = await self._worker.upstream.fetch("GET", "/version", timeout=self._timeout)
+            return str(msgspec.json.decode(answer.body, type=dict[str, str]).get("version", ""))
+        except (UpstreamError, msgspec.DecodeError):
+            return ""
+
+    async def _qualify(self) -> None:
+        try:
+            await self._came_up(self._worker)
+        except Exception:  # noqa: BLE001 - it still serves; what it could not show stays off
+            _log.exception("checking what worker %s can do failed", self._worker.name)
+
+    def _failed(self, reason: str) -> None:
+        self._failures += 1
+        worker = self._worker
+        if worker.up and (self._failures >= _FAILURES_TO_DOWN or "cannot be reached" in reason):
+            _log.warning("worker %s is down: %s", worker.name, reason)
+            worker.mark_down(reason)
+        elif not worker.up:
+            worker.down_reason = reason

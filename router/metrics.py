@@ -1,0 +1,130 @@
+"""What Prometheus sees: counters kept along the request path, and the state of workers and index as of the scrape."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.admission import Admission
+from router.index import Index
+from router.workers import Registry, Worker
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_ROUTING_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1)
+
+
+class Metrics:
+    """One registry per gateway."""
+
+    def __init__(self, registry: Registry, index: Index, admission: Admission) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_State(registry, index, admission))
+        self.requests = self._counter("requests", "Requests answered by a worker", "worker", "model", "status")
+        self.rejected = self._counter("rejected_requests", "Requests answered by the router itself", "status", "code")
+        self.abandoned = self._counter("abandoned_requests", "Requests whose client went away", "worker")
+        self.broken = self._counter("broken_responses", "Responses that ended before they were complete", "worker")
+        self.failures = self._counter("worker_failures", "Requests the worker failed", "worker", "kind")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens sent, where tokenized here", "worker")
+        self.predicted = self._counter("predicted_hit_tokens", "Prompt tokens expected to be reused", "worker")
+        self.actual = self._counter("actual_hit_tokens", "Prompt tokens reused, as reported", "worker", "tier")
+        self.predictions = self._counter("predictions", "Predictions compared with the outcome", "worker", "result")
+        self.tokenized = self._counter("tokenized_prompts", "Who tokenized the prompts", "model", "by")
+        self.ttft = self._histogram("ttft_seconds", "From request to first response byte", _SECONDS, "worker")
+        self.duration = self._histogram("request_seconds", "From request to last byte", _SECONDS, "worker")
+        self.routing = self._histogram("routing_seconds", "From parsed request to chosen worker", _ROUTING_SECONDS)
+
+    def render(self) -> bytes:
+        """The text exposition format. O(series)."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"warmroute_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"warmroute_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+
+class _State(Collector):
+    """Read when scraped, so that keeping it costs nothing."""
+
+    def __init__(self, registry: Registry, index: Index, admission: Admission) -> None:
+        self._workers = registry
+        self._index = index
+        self._admission = admission
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        yield _gauge("in_flight_requests", "Requests being served", self._admission.in_flight)
+        yield _gauge("queued_requests", "Requests waiting to be served", self._admission.queued)
+        yield _gauge("held_body_bytes", "Request bodies held", self._admission.bytes)
+        yield _gauge("index_entries", "Chunks that some worker holds", len(self._index))
+        yield from self._of_workers()
+        yield self._sources()
+        yield self._chunks()
+        yield self._relists()
+
+    def _of_workers(self) -> Iterator[Metric]:
+        gauges: dict[str, tuple[str, Callable[[Worker], float]]] = {
+            "worker_up": ("Whether the worker answers", lambda w: w.up),
+            "worker_draining": ("Whether the worker is being drained", lambda w: w.draining),
+            "worker_breaker_open": ("Whether the worker's breaker keeps it out", lambda w: w.breaker.state != "closed"),
+            "worker_in_flight_requests": ("Requests sent and not finished", lambda w: w.load.in_flight),
+            "worker_uncached_tokens": ("Prompt tokens to compute", lambda w: w.load.uncached_tokens),
+            "worker_prefill_tokens_per_second": ("Prefill speed the worker measured", lambda w: w.prefill_speed),
+            "worker_trust": ("How right predictions have been, 0 to 1", lambda w: w.trust),
+            "worker_exact_tokenization": ("Whether tokens equal the worker's own", lambda w: w.parity == "exact"),
+            "worker_takes_token_ids": ("Whether token ids are sent along", lambda w: w.takes_token_ids),
+            "worker_index_synced": ("Whether the worker's cache is fully known", lambda w: w.synced),
+        }
+        for name, (text, value) in gauges.items():
+            family = GaugeMetricFamily(f"warmroute_{name}", text, labels=("worker",))
+            for worker in self._workers.workers:
+                family.add_metric((worker.name,), value(worker))
+            yield family
+        yield self._counted("worker_digest_mismatches", "Index found different", lambda w: w.digest_mismatches)
+        yield self._counted("worker_digests_checked", "Digests compared", lambda w: w.digests_checked)
+        yield self._counted("worker_epochs", "Worker processes seen", lambda w: w.epochs)
+
+    def _counted(self, name: str, text: str, value: Callable[[Worker], float]) -> Metric:
+        family = CounterMetricFamily(f"warmroute_{name}", text, labels=("worker",))
+        for worker in self._workers.workers:
+            family.add_metric((worker.name,), value(worker))
+        return family
+
+    def _sources(self) -> Metric:
+        text = "Where knowledge of the worker's cache comes from"
+        family = GaugeMetricFamily("warmroute_worker_cache_source", text, labels=("worker", "source"))
+        for worker in self._workers.workers:
+            family.add_metric((worker.name, worker.source), 1)
+        return family
+
+    def _chunks(self) -> Metric:
+        text = "Chunks the worker holds by tier"
+        family = GaugeMetricFamily("warmroute_worker_chunks", text, labels=("worker", "tier"))
+        for worker in self._workers.workers:
+            for tier, count in self._index.sizes(worker.name).items():
+                family.add_metric((worker.name, tier), count)
+        return family
+
+    def _relists(self) -> Metric:
+        text = "Times the worker's cache was listed again"
+        family = CounterMetricFamily("warmroute_worker_relists", text, labels=("worker", "cause"))
+        for worker in self._workers.workers:
+            for cause, count in worker.relists.items():
+                family.add_metric((worker.name, cause), count)
+        return family
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"warmroute_{name}", text, value=value)
+
+
+def forget(metrics: Metrics, worker: Worker) -> None:
+    """Drop the series of a removed worker, so that they do not pile up."""
+    for family in (metrics.ttft, metrics.duration, metrics.failures, metrics.abandoned, metrics.broken):
+        family.remove_by_labels({"worker": worker.name})
+    for family in (metrics.requests, metrics.actual, metrics.predictions, metrics.prompt_tokens, metrics.predicted):
+        family.remove_by_labels({"worker": worker.name})

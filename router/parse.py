@@ -1,0 +1,237 @@
+"""The parse step: a request's body and headers to what the router needs to know of them.
+
+Only what the router itself reads is checked for meaning; beyond that, wrong kinds of values are refused where no engine
+could accept them, and everything else is the engine's to judge.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
+
+import msgspec
+
+from router.errors import InvalidRequest, TooLarge
+from router.splice import Kind
+
+_SCALARS = frozenset(
+    {
+        "best_of",
+        "cache_salt",
+        "echo",
+        "frequency_penalty",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "min_p",
+        "min_tokens",
+        "model",
+        "n",
+        "parallel_tool_calls",
+        "presence_penalty",
+        "repetition_penalty",
+        "seed",
+        "stream",
+        "suffix",
+        "temperature",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+        "user",
+    }
+)
+_NUMBERS = frozenset(
+    {
+        "best_of",
+        "frequency_penalty",
+        "max_completion_tokens",
+        "max_tokens",
+        "min_p",
+        "min_tokens",
+        "n",
+        "presence_penalty",
+        "repetition_penalty",
+        "seed",
+        "temperature",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+    }
+)
+_OBJECTS = frozenset({"chat_template_kwargs", "kv_transfer_params", "logit_bias", "response_format", "stream_options"})
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"expect",
+        b"host",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_OWN_IDS = count(1)
+_OWN_PREFIX = os.urandom(8).hex()
+
+_decoder = msgspec.json.Decoder()
+
+
+class Request(msgspec.Struct, eq=False):
+    """One request. ``raw`` is the body as it came, ``body`` what it says; ``headers`` are those that travel on."""
+
+    kind: Kind
+    raw: bytes
+    body: dict[str, Any]
+    model: str
+    cache_salt: str
+    request_id: str
+    headers: list[tuple[bytes, bytes]]
+
+
+def parse_request(kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], request_id: str) -> Request:
+    """Raises:
+    InvalidRequest: the body is not what the endpoint takes; names the field.
+    """
+    body = _decode(raw)
+    _check_kinds(body)
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise _wrong("model", "a string", model)
+    salt = body.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise InvalidRequest("cache_salt must be a non-empty string", param="cache_salt")
+    if kind == "chat":
+        _check_messages(body)
+    else:
+        _check_prompt(body)
+    return Request(kind, raw, body, model or "", salt or "", request_id, headers)
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The client's X-Request-Id, or a fresh one where it is missing or unfit for a header and an engine's id."""
+    given = next((value for name, value in headers if name == b"x-request-id"), None)
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode("ascii")
+    return f"{_OWN_PREFIX}-{next(_OWN_IDS):x}"
+
+
+def forwarded_headers(headers: list[tuple[bytes, bytes]], *, most: int, most_bytes: int) -> list[tuple[bytes, bytes]]:
+    """The headers that travel on: all but those of this hop.
+
+    Raises:
+        TooLarge: there are too many, or they are too long.
+    """
+    size = 0
+    dropped = _HOP_BY_HOP
+    for name, value in headers:
+        size += len(name) + len(value) + 4
+        if name == b"connection":
+            dropped = _with_named(dropped, value)
+    if len(headers) > most:
+        raise TooLarge(f"the request has more than {most} headers", status=431, code="headers_too_large")
+    if size > most_bytes:
+        raise TooLarge(f"the request's headers exceed {most_bytes} bytes", status=431, code="headers_too_large")
+    return [header for header in headers if header[0] not in dropped]
+
+
+def response_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """A worker's response headers without those of its hop; Content-Length stays."""
+    dropped = _HOP_BY_HOP
+    for name, value in headers:
+        if name == b"connection":
+            dropped = _with_named(dropped, value)
+    return [h for h in headers if h[0] not in dropped or h[0] in (b"content-length", b"x-request-id")]
+
+
+def _with_named(dropped: frozenset[bytes], connection: bytes) -> frozenset[bytes]:
+    named = {token.strip().lower() for token in connection.split(b",")} - {b"keep-alive", b"close"}
+    return dropped | named if named else dropped
+
+
+def _decode(raw: bytes) -> dict[str, Any]:
+    try:
+        body = _decoder.decode(raw)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {_kind_of(body)}")
+    return body
+
+
+def _check_kinds(body: dict[str, Any]) -> None:
+    for key, value in body.items():
+        if value is None:
+            continue
+        nested = isinstance(value, list | dict)
+        if nested and key in _SCALARS:
+            raise _wrong(key, "a number" if key in _NUMBERS else "a single value", value)
+        if key in _NUMBERS and isinstance(value, str) and not _is_number(value):
+            raise _wrong(key, "a number", value)
+        if key in _OBJECTS and not isinstance(value, dict):
+            raise _wrong(key, "an object", value)
+        if key == "tools" and not isinstance(value, list):
+            raise _wrong(key, "a list", value)
+
+
+def _check_messages(body: dict[str, Any]) -> None:
+    messages = body.get("messages")
+    if messages is None:
+        raise InvalidRequest("messages is required", param="messages")
+    if not isinstance(messages, list):
+        raise _wrong("messages", "a list of messages", messages)
+    if not messages and "kv_transfer_params" not in body:
+        raise InvalidRequest("messages must not be empty", param="messages")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise _wrong(f"messages[{number}]", "an object", message)
+        if not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"messages[{number}].role must be a string", param=f"messages[{number}].role")
+
+
+def _check_prompt(body: dict[str, Any]) -> None:
+    prompt = body.get("prompt")
+    if prompt is None:
+        if body.get("prompt_embeds") is None:
+            raise InvalidRequest("prompt is required", param="prompt")
+    elif not isinstance(prompt, str | list):
+        raise _wrong("prompt", "a string, a list of strings, or token ids", prompt)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _wrong(field: str, expected: str, value: Any) -> InvalidRequest:
+    return InvalidRequest(f"{field} must be {expected}, not {_kind_of(value)}", param=field)
+
+
+def _kind_of(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case str():
+            return "a string"
+        case int() | float():
+            return "a number"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

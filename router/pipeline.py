@@ -1,0 +1,404 @@
+"""The path of a request, travelled once, in this order: admit, parse, tokenize, hash, look up, choose, forward, stream
+back, account. Each step is a module; this one leads through them."""
+
+import asyncio
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from kv_protocol.hashing import chunk_hashes, root_hash
+from router.accounting import Accounting, Decision
+from router.admission import Admission
+from router.client import Client, Headers
+from router.config import Settings
+from router.errors import (
+    ApiError,
+    BadGateway,
+    ClientGone,
+    ConnectFailed,
+    ContextTooLong,
+    InvalidRequest,
+    ModelNotFound,
+    Unavailable,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from router.forward import Delivery, forward
+from router.index import NO_HIT, Hit, Index
+from router.metrics import Metrics
+from router.parse import Request, forwarded_headers, parse_request, request_id_of
+from router.policies import Candidate, Choice, Policy, Query
+from router.pool_prompts import PoolPrompts, Tokenized
+from router.splice import Kind, can_carry_ids, splice_token_ids
+from router.workers import Flight, Pool, Registry, Worker
+
+PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_TARGETS: Mapping[Kind, bytes] = {kind: path.encode() for path, kind in PATHS.items()}
+_RETRY_AFTER_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+Namespace = tuple[str, int]
+
+
+class Plan(msgspec.Struct, eq=False):
+    """A request as far as it does not depend on the worker. ``hashes`` holds each prompt's chunks, by what a worker's
+    chunk hashes descend from."""
+
+    request: Request
+    pool: Pool
+    tokenized: Tokenized
+    prompt_tokens: int
+    hashes: dict[Namespace, list[list[bytes]]] = {}
+
+
+class Routed(NamedTuple):
+    """A choice, and what the index says of every candidate: its hit summed over the request's prompts."""
+
+    choice: Choice
+    hits: dict[str, Hit]
+    candidates: Sequence[Candidate]
+
+
+class Journey(msgspec.Struct, eq=False):
+    """One request under way: its client, its plan, what is put on record, and which workers failed it so far."""
+
+    client: Client
+    plan: Plan
+    decision: Decision
+    started: float
+    failures: dict[str, UpstreamError] = {}
+
+
+class Pipeline:
+    """Shared by all requests; every member is the gateway's."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        registry: Registry,
+        index: Index,
+        policy: Policy,
+        admission: Admission,
+        accounting: Accounting,
+        metrics: Metrics,
+        prompts: dict[str, PoolPrompts],
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._index = index
+        self._policy = policy
+        self._admission = admission
+        self._accounting = accounting
+        self._metrics = metrics
+        self._prompts = prompts
+
+    async def handle(self, client: Client, kind: Kind) -> None:
+        """Serve one request, whatever becomes of it."""
+        request_id = request_id_of(client.scope["headers"])
+        with client:
+            try:
+                await self._admit(client, kind, request_id)
+            except ClientGone:
+                pass
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not client.gone or task is None:
+                    raise
+                task.uncancel()
+            except ApiError as error:
+                self._metrics.rejected.labels(error.status, error.code or error.type).inc()
+                await client.fail(error, request_id)
+            except Exception:  # noqa: BLE001 - one request must not end the router
+                _log.exception("request %s failed inside the router", request_id)
+                if client.started:
+                    client.hang_up()
+                else:
+                    await client.fail(
+                        ApiError("the router failed; its log says why", code="internal_error"), request_id
+                    )
+
+    async def plan(self, request: Request) -> Plan:
+        """Tokenize and hash.
+
+        Raises:
+            ApiError: the model is unknown, the prompt is too long or malformed.
+        """
+        pool = self._pool(request)
+        prompts = self._prompts.get(pool.base) or PoolPrompts(pool.base)
+        tokenized = await prompts.tokenize(request.kind, request.body, self._available(pool, ()))
+        self._metrics.tokenized.labels(pool.model, tokenized.by).inc(len(tokenized.prompts) or 1)
+        lengths = [len(ids) for ids in tokenized.prompts]
+        self._check_context(request, pool, max(lengths, default=0))
+        return Plan(request, pool, tokenized, sum(lengths))
+
+    def choose(self, plan: Plan, exclude: Mapping[str, object], policy: Policy | None = None) -> Routed | None:
+        """Look up and choose; None when no worker is left that can take the request."""
+        workers = self._available(plan.pool, exclude)
+        if not workers:
+            return None
+        hits = self._look_up(plan, workers)
+        candidates = [_candidate(worker, hits[worker.name]) for worker in workers]
+        choice = (policy or self._policy).choose(Query(plan.pool.model, plan.prompt_tokens), candidates)
+        return Routed(choice, hits, candidates)
+
+    async def explain(self, kind: Kind, raw: bytes) -> tuple[Plan, Routed | None]:
+        """What would be done with a request, leaving no trace in counters or policy.
+
+        Raises:
+            ApiError: the request would be refused.
+        """
+        plan = await self.plan(parse_request(kind, raw, [], "dry-run"))
+        return plan, self.choose(plan, {}, copy.deepcopy(self._policy))
+
+    async def _admit(self, client: Client, kind: Kind, request_id: str) -> None:
+        started = time.perf_counter()
+        settings = self._settings
+        headers = forwarded_headers(
+            client.scope["headers"], most=settings.max_headers, most_bytes=settings.max_header_bytes
+        )
+        await self._admission.enter()
+        held = 0
+        try:
+            held = self._admission.hold(min(client.declared_length, settings.max_body_bytes))
+            raw = await client.read_body(settings.max_body_bytes, settings.body_timeout)
+            held += self._admission.hold(len(raw) - held)
+            await self._serve(client, parse_request(kind, raw, headers, request_id), started)
+        finally:
+            self._admission.free(held)
+            self._admission.leave()
+
+    async def _serve(self, client: Client, request: Request, started: float) -> None:
+        parsed = time.perf_counter()
+        plan = await self.plan(request)
+        decision = Decision(
+            request.request_id,
+            time.time(),
+            request.kind,
+            plan.pool.model,
+            tokenized_by=plan.tokenized.by,
+            prompt_tokens=plan.prompt_tokens,
+        )
+        journey = Journey(client, plan, decision, started)
+        while (routed := self._next(journey)) is not None:
+            if not journey.failures:
+                self._metrics.routing.observe(time.perf_counter() - parsed)
+            try:
+                await self._send(journey, routed)
+            except UpstreamError as error:
+                journey.failures[error.worker] = error
+                self._failed(routed.choice.worker, error)
+                if isinstance(error, UpstreamTimeout):
+                    break  # what took this long here would take as long elsewhere
+            else:
+                return
+        raise self._nobody(plan.pool, journey.failures)
+
+    def _next(self, journey: Journey) -> Routed | None:
+        within = len(journey.failures) <= self._settings.retries
+        return self.choose(journey.plan, journey.failures) if within else None
+
+    async def _send(self, journey: Journey, routed: Routed) -> None:
+        worker, hit = routed.choice.worker, routed.hits[routed.choice.worker.name]
+        decision = journey.decision
+        flight = Flight(asyncio.get_running_loop().time(), max(0, journey.plan.prompt_tokens - hit.total))
+        self._decided(journey, routed, hit)
+        worker.breaker.begin()
+        worker.load.sent(flight)
+        outcome = "abandoned"
+        try:
+            delivery = await self._forward(journey, worker, flight)
+            outcome = self._delivered(worker, journey.plan.pool, decision, delivery)
+        except UpstreamError:
+            outcome = "failed"
+            raise
+        finally:
+            worker.load.finished(flight)
+            decision.outcome = outcome
+            decision.duration_s = time.perf_counter() - journey.started
+            if outcome == "abandoned":
+                worker.breaker.abandoned()
+                self._metrics.abandoned.labels(worker.name).inc()
+            self._accounting.finished(decision)
+
+    async def _forward(self, journey: Journey, worker: Worker, flight: Flight) -> Delivery:
+        plan, decision = journey.plan, journey.decision
+
+        def first_byte() -> None:
+            decision.ttft_s = time.perf_counter() - journey.started
+            worker.load.computed(flight)
+
+        def may_retry() -> bool:
+            others = {**journey.failures, worker.name: None}
+            return len(journey.failures) < self._settings.retries and bool(self._available(plan.pool, others))
+
+        head, body = self._upstream_request(journey.client, plan, worker)
+        return await forward(
+            journey.client,
+            worker.upstream,
+            head,
+            body,
+            extra=self._extra_headers(worker, decision),
+            may_retry=may_retry,
+            first_byte=first_byte,
+        )
+
+    def _decided(self, journey: Journey, routed: Routed, hit: Hit) -> None:
+        plan, decision, worker = journey.plan, journey.decision, routed.choice.worker
+        decision.worker = worker.name
+        decision.reason = routed.choice.reason
+        if journey.failures:
+            decision.reason += f"; after {', '.join(journey.failures)} failed"
+        decision.predicted_hit_tokens = hit.total
+        decision.attempts += 1
+        known = worker.hello is not None and plan.prompt_tokens > 0
+        tolerance = worker.hello.chunk_size * len(plan.tokenized.prompts) if known and worker.hello else 0
+        self._accounting.sent(decision, worker, prompts=len(plan.tokenized.prompts) or 1, tolerance=tolerance)
+        self._metrics.prompt_tokens.labels(worker.name).inc(plan.prompt_tokens)
+        self._metrics.predicted.labels(worker.name).inc(hit.total)
+
+    def _delivered(self, worker: Worker, pool: Pool, decision: Decision, delivery: Delivery) -> str:
+        decision.status = delivery.status
+        decision.cached_tokens = delivery.cached_tokens
+        self._metrics.requests.labels(worker.name, pool.model, delivery.status).inc()
+        if delivery.broken is not None:
+            self._metrics.broken.labels(worker.name).inc()
+            self._failed(worker, delivery.broken)
+            return "broken"
+        if delivery.status >= 500:
+            worker.breaker.failed(asyncio.get_running_loop().time())
+        else:
+            worker.breaker.succeeded()
+        if decision.ttft_s is not None:
+            self._metrics.ttft.labels(worker.name).observe(decision.ttft_s)
+        return "served"
+
+    def _failed(self, worker: Worker, error: UpstreamError) -> None:
+        self._metrics.failures.labels(worker.name, type(error).__name__).inc()
+        worker.breaker.failed(asyncio.get_running_loop().time())
+        if isinstance(error.__cause__, ConnectionRefusedError):
+            worker.mark_down(str(error))
+        _log.warning("%s", error)
+
+    def _upstream_request(self, client: Client, plan: Plan, worker: Worker) -> tuple[bytes, bytes]:
+        request = plan.request
+        body = self._body_for(plan, worker)
+        query = client.scope.get("query_string")
+        target = _TARGETS[request.kind] + (b"?" + query if query else b"")
+        headers = [*request.headers, (b"x-request-id", request.request_id.encode("ascii"))]
+        return worker.upstream.request_head(b"POST", target, headers, len(body)), body
+
+    def _body_for(self, plan: Plan, worker: Worker) -> bytes:
+        """The body with token ids where the worker was seen to take them, else as it came."""
+        request, tokenized = plan.request, plan.tokenized
+        if tokenized.by != "router" or worker.parity != "exact" or not self._settings.forward_token_ids:
+            return request.raw
+        if not can_carry_ids(request.body, request.kind):
+            return request.raw
+        if request.kind == "chat":
+            if not worker.takes_token_ids:
+                return request.raw
+            return splice_token_ids(request.raw, tokenized.prompts[0], "chat")
+        if not _is_text(request.body.get("prompt")):
+            return request.raw
+        several = isinstance(request.body["prompt"], list)
+        return splice_token_ids(request.raw, tokenized.prompts if several else tokenized.prompts[0], "completions")
+
+    def _extra_headers(self, worker: Worker, decision: Decision) -> Headers:
+        headers = [(b"x-request-id", decision.request_id.encode("ascii"))]
+        if self._settings.response_headers:
+            headers += [
+                (b"x-warmroute-worker", worker.header_name),
+                (b"x-warmroute-hit-tokens", b"%d" % decision.predicted_hit_tokens),
+                (b"x-warmroute-reason", decision.reason.encode("ascii", "replace")),
+            ]
+        return headers
+
+    def _pool(self, request: Request) -> Pool:
+        pools = self._registry.pools
+        if request.model in pools:
+            return pools[request.model]
+        bases = [pool for pool in pools.values() if not pool.lora]
+        if not request.model:
+            if len(bases) == 1:
+                return bases[0]
+            raise InvalidRequest("model is required: more than one is served", param="model")
+        if self._registry.undescribed or not len(self._registry):
+            raise Unavailable(
+                f"no worker serving {request.model!r} has come up yet", param="model", retry_after=_RETRY_AFTER_S
+            )
+        raise ModelNotFound(f"the model {request.model!r} is not served here; GET /v1/models lists them", param="model")
+
+    def _available(self, pool: Pool, exclude: Mapping[str, object] | tuple[()]) -> list[Worker]:
+        now = asyncio.get_running_loop().time()
+        return [worker for worker in pool.workers if worker.name not in exclude and worker.available(now)]
+
+    def _check_context(self, request: Request, pool: Pool, longest: int) -> None:
+        limits = [worker.max_model_len(pool.model) or worker.max_model_len(pool.base) for worker in pool.workers]
+        limit = max(limits, default=0)
+        if limit and all(limits) and longest >= limit:
+            raise ContextTooLong(
+                f"this model's context is {limit} tokens, and the prompt alone has {longest}",
+                param="messages" if request.kind == "chat" else "prompt",
+            )
+
+    def _look_up(self, plan: Plan, workers: Sequence[Worker]) -> dict[str, Hit]:
+        groups: dict[Namespace, list[str]] = {}
+        hits = dict.fromkeys((worker.name for worker in workers), NO_HIT)
+        for worker in workers:
+            if (namespace := worker.namespace) is not None:
+                groups.setdefault(namespace, []).append(worker.name)
+        for namespace, names in groups.items():
+            for chunks in self._hashes(plan, namespace):
+                for name, hit in self._index.lookup(chunks, names).items():
+                    size = namespace[1]
+                    hits[name] = Hit(hits[name].gpu + hit.gpu * size, hits[name].total + hit.total * size)
+        return hits
+
+    def _hashes(self, plan: Plan, namespace: Namespace) -> list[list[bytes]]:
+        if namespace not in plan.hashes:
+            model, size = namespace
+            root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt=plan.request.cache_salt)
+            plan.hashes[namespace] = [chunk_hashes(root, ids, size) for ids in plan.tokenized.prompts]
+        return plan.hashes[namespace]
+
+    def tiers(self, plan: Plan, worker: Worker) -> dict[str, int]:
+        """A worker's hit in tokens by tier. O(chunks)."""
+        totals: dict[str, int] = {}
+        if (namespace := worker.namespace) is None:
+            return totals
+        for chunks in self._hashes(plan, namespace):
+            for tier, held in self._index.tiers(worker.name, chunks).items():
+                totals[tier] = totals.get(tier, 0) + held * namespace[1]
+        return totals
+
+    def _nobody(self, pool: Pool, failures: Mapping[str, UpstreamError]) -> ApiError:
+        last = list(failures.values())[-1] if failures else None
+        if last is not None and not all(isinstance(error, ConnectFailed) for error in failures.values()):
+            timed_out = isinstance(last, UpstreamTimeout)
+            return BadGateway(str(last), status=504 if timed_out else 502)
+        reasons = "; ".join(f"{worker.name}: {_why_not(worker)}" for worker in pool.workers)
+        return Unavailable(
+            f"no worker serving {pool.model!r} can take the request ({reasons})", retry_after=_RETRY_AFTER_S
+        )
+
+
+def _candidate(worker: Worker, hit: Hit) -> Candidate:
+    return Candidate(worker, worker.believed(hit.total), worker.weight, worker.load.in_flight, worker.prefill_speed)
+
+
+def _why_not(worker: Worker) -> str:
+    if not worker.up:
+        return worker.down_reason
+    if worker.draining:
+        return "draining"
+    return "kept out after failures" if worker.breaker.state != "closed" else "failed this request"
+
+
+def _is_text(prompt: Any) -> bool:
+    return isinstance(prompt, str) or (isinstance(prompt, list) and all(isinstance(one, str) for one in prompt))

@@ -1,0 +1,183 @@
+"""The tokenize step of the request path: exact here, else by a worker, else not at all.
+
+Each base model has one ``PoolPrompts``. It uses the router's own ``PromptBuilder`` as long as every worker checked so far
+tokenizes as it does; where one does not, and for single requests that cannot be reproduced, a worker's ``/tokenize`` is
+asked; where that fails too the request is routed by load alone. Which way is taken shows in metrics and admin endpoints.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from router.errors import ConfigError, InvalidRequest, Unrenderable, UpstreamError
+from router.parity import check_parity
+from router.prompt import PromptBuilder, tokenize_request
+from router.splice import Kind
+from router.workers import Worker
+
+TOKENIZE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 60.0
+"""The first request an engine ever gets may compile kernels."""
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+
+_log = logging.getLogger(__name__)
+
+
+class Tokenized(NamedTuple):
+    """Token ids of each prompt of a request, empty where nobody could tell; ``by`` whom; ``why`` not by the router."""
+
+    prompts: Sequence[list[int]]
+    by: Literal["router", "worker", "nobody"]
+    why: str = ""
+
+
+class PoolPrompts:
+    """Prompts of one base model's requests."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.builder: PromptBuilder | None = None
+        self.why_not = "the tokenizer is not loaded yet"
+        self._logged: set[str] = set()
+
+    @property
+    def by(self) -> Literal["router", "worker"]:
+        """Who tokenizes this model's prompts, where it can."""
+        return "router" if self.builder is not None and not self.why_not else "worker"
+
+    async def load(self, where: str, chat_template: str, max_model_len: int) -> None:
+        """Load the tokenizer; failing leaves tokenization to the workers."""
+        if not where:
+            self._fall_back("no tokenizer: the worker's model list names none")
+            return
+        try:
+            self.builder = await asyncio.to_thread(
+                PromptBuilder.load, where, chat_template or None, max_model_len=max_model_len or None
+            )
+        except (ConfigError, Unrenderable) as error:
+            self._fall_back(str(error))
+        else:
+            self.why_not = ""
+
+    async def tokenize(self, kind: Kind, body: dict[str, Any], workers: Sequence[Worker]) -> Tokenized:
+        """Token ids of a request's prompts; one of ``workers`` may be asked for them.
+
+        Raises:
+            InvalidRequest: a field has a wrong type.
+        """
+        why = self.why_not
+        if self.builder is not None and not why:
+            try:
+                if kind == "chat":
+                    return Tokenized([await self.builder.chat_async(body)], "router")
+                return Tokenized(await self.builder.completion_async(body), "router")
+            except Unrenderable as error:
+                why = error.reason
+        self._log_once(why)
+        return await self._by_worker(kind, body, workers, why)
+
+    async def check(self, worker: Worker) -> None:
+        """Compare with the worker's own /tokenize; sets ``worker.parity``."""
+        if self.builder is None:
+            worker.parity = "unchecked"
+            return
+
+        async def tokenize(request: dict[str, Any]) -> list[int]:
+            return await tokenize_at(worker, {"model": self.model, **request})
+
+        try:
+            parity = await check_parity(self.builder, tokenize)
+        except (UpstreamError, Unrenderable) as error:
+            worker.parity = "unavailable"
+            _log.warning("tokenization of %s could not be compared with worker %s: %s", self.model, worker.name, error)
+            return
+        worker.parity = "exact" if parity.ok else "mismatch"
+        if not parity.ok:
+            self._fall_back(f"worker {worker.name} tokenizes otherwise: {parity.mismatch}")
+
+    async def probe_token_ids(self, worker: Worker) -> bool:
+        """Whether the worker takes a chat's token ids instead of its text: a request of one token tells, by the number
+        of prompt tokens it counts."""
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        if self.builder is None:
+            return False
+        try:
+            ids = self.builder.chat(body)
+            # Twice the text's own ids are valid ids, and a number of them the text does not have.
+            body["kv_transfer_params"] = {"prompt_token_ids": ids + ids}
+            payload = msgspec.json.encode(body)
+            answer = await worker.upstream.fetch("POST", "/v1/chat/completions", payload, timeout=PROBE_TIMEOUT_S)
+            usage = msgspec.json.decode(answer.body).get("usage") or {}
+            return answer.status == 200 and usage.get("prompt_tokens") == 2 * len(ids)
+        except (UpstreamError, Unrenderable, msgspec.DecodeError, AttributeError):
+            return False
+
+    async def _by_worker(self, kind: Kind, body: dict[str, Any], workers: Sequence[Worker], why: str) -> Tokenized:
+        try:
+            given = _given_ids(kind, body)
+            if given is not None:
+                return Tokenized(given, "router")
+            if not workers or _has_media(body):
+                return Tokenized((), "nobody", why)
+            worker = min(workers, key=lambda w: w.weight)
+            return Tokenized([await tokenize_at(worker, tokenize_request(body, kind))], "worker", why)
+        except (UpstreamError, Unrenderable, InvalidRequest) as error:
+            return Tokenized((), "nobody", f"{why}; {error}")
+
+    def _fall_back(self, why: str) -> None:
+        self.why_not = why
+        self._log_once(why)
+
+    def _log_once(self, why: str) -> None:
+        if why not in self._logged and len(self._logged) < 64:
+            self._logged.add(why)
+            _log.warning("prompts of %s are not tokenized here: %s", self.model, why)
+
+
+async def tokenize_at(worker: Worker, request: dict[str, Any]) -> list[int]:
+    """What a worker's /tokenize answers.
+
+    Raises:
+        InvalidRequest: it answered 4xx.
+        UpstreamError: it failed to answer.
+        Unrenderable: its answer holds no token ids.
+    """
+    answer = await worker.upstream.fetch("POST", "/tokenize", msgspec.json.encode(request), timeout=TOKENIZE_TIMEOUT_S)
+    if answer.status in (404, 405):
+        raise Unrenderable("the worker has no /tokenize")
+    if 400 <= answer.status < 500:
+        raise InvalidRequest(f"the worker's /tokenize answered {answer.status}")
+    if answer.status != 200:
+        raise Unrenderable(f"the worker's /tokenize answered {answer.status}")
+    try:
+        return msgspec.json.decode(answer.body, type=_Tokens).tokens
+    except msgspec.DecodeError as error:
+        raise Unrenderable(f"the worker's /tokenize answered no token ids: {error}") from error
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+def _given_ids(kind: Kind, body: dict[str, Any]) -> list[list[int]] | None:
+    """Prompts that are ids already, which need no tokenizer."""
+    prompt = body.get("prompt") if kind == "completions" else None
+    if not isinstance(prompt, list) or not prompt or body.get("truncate_prompt_tokens") is not None:
+        return None
+    prompts = [prompt] if isinstance(prompt[0], int) else prompt
+    whole = all(isinstance(one, list) and all(type(item) is int for item in one) for one in prompts)
+    return prompts if whole else None
+
+
+def _has_media(body: dict[str, Any]) -> bool:
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and any(
+            isinstance(part, dict) and part.get("type", "text") not in _TEXT_PARTS for part in content
+        ):
+            return True
+    return False

@@ -1,0 +1,293 @@
+"""Report streams: one task per worker keeps the index equal to the worker's ledger.
+
+Connect, ``Open``, ``Hello``, snapshot, changes. Whatever ends a stream, everything known from it is dropped in the same
+instant, and the next stream lists again: there is no state in which old knowledge is believed.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from kv_protocol.errors import MalformedFrame, ProtocolError, Refused
+from kv_protocol.hashing import HASH_BYTES
+from kv_protocol.messages import (
+    TIERS,
+    Admitted,
+    Bye,
+    Call,
+    Cleared,
+    Digest,
+    FrameDecoder,
+    Heartbeat,
+    Hello,
+    Message,
+    Open,
+    Removed,
+    Reply,
+    Snapshot,
+    SnapshotEnd,
+    Stored,
+    check_version,
+    encode,
+    unpack,
+)
+from router.index import Index
+from router.workers import Worker
+
+SLICE_CHUNKS = 2048
+"""Chunks applied between two turns of the event loop: about a millisecond."""
+BACKOFF_S = (0.1, 5.0)
+CONNECT_TIMEOUT_S = 5.0
+CALM_S = 10.0
+"""A stream that lived this long is reconnected at once."""
+_MISSED = 3
+_READ_BYTES = 256 << 10
+
+_log = logging.getLogger(__name__)
+
+
+class _Relist(Exception):
+    """The stream is to begin again."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class Watcher:
+    """Watches one worker. ``lost`` is called when a stream breaks without a word, ``admitted`` with each outcome."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        index: Index,
+        *,
+        token: str,
+        heartbeat: float,
+        verify_entries: int,
+        admitted: Callable[[Worker, Admitted], None],
+        lost: Callable[[Worker], None],
+        rng: random.Random,
+    ) -> None:
+        self._worker = worker
+        self._index = index
+        self._token = token
+        self._silence = heartbeat * _MISSED
+        self._verify_entries = verify_entries
+        self._admitted = admitted
+        self._lost = lost
+        self._rng = rng
+        self._epoch = ""
+        self._relist_cause = ""
+        self._transport: asyncio.WriteTransport | None = None
+        self._logged = ""
+
+    def relist(self, cause: str) -> None:
+        """Begin again: what is known is dropped and listed anew."""
+        if self._transport is not None:
+            self._relist_cause = cause
+            self._transport.abort()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            began = loop.time()
+            try:
+                await self._stream()
+            except (OSError, ProtocolError, TimeoutError, _Relist) as error:
+                self._note(error)
+            finally:
+                self._forget()
+            failures = 0 if loop.time() - began > CALM_S else failures + 1
+            await asyncio.sleep(self._pause(failures))
+
+    def _pause(self, failures: int) -> float:
+        shortest, longest = BACKOFF_S
+        return min(longest, shortest * 2.0 ** min(failures, 16)) * self._rng.uniform(0.5, 1.0)
+
+    async def _stream(self) -> None:
+        address = self._worker.spec.report_address
+        assert address is not None, "a worker without reports is not watched"
+        reader, writer = await connect(address, Open(token=self._token, reader="warmroute router"))
+        self._transport = writer.transport
+        try:
+            await self._follow(reader, FrameDecoder())
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            if self._relist_cause:
+                raise _Relist(self._relist_cause) from error
+            if self._worker.hello is not None:
+                self._lost(self._worker)
+            raise
+        finally:
+            self._transport = None
+            self._relist_cause = ""
+            writer.transport.abort()
+
+    async def _follow(self, reader: asyncio.StreamReader, decoder: FrameDecoder) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + max(self._silence, CONNECT_TIMEOUT_S)
+        while True:
+            async with asyncio.timeout_at(deadline):
+                data = await reader.read(_READ_BYTES)
+            if not data:
+                raise ConnectionResetError("the worker closed the report stream")
+            for message in decoder.feed(data):
+                await self._apply(message)
+                # Within a snapshot every frame is a sign of life; afterwards only heartbeats are.
+                if not self._worker.synced or isinstance(message, Heartbeat):
+                    deadline = loop.time() + self._silence
+
+    async def _apply(self, message: Message) -> None:
+        match message:
+            case Hello():
+                self._begin(message)
+            case Bye():
+                raise Refused(f"the worker ended the report stream: {message.reason}")
+            case _ if self._worker.hello is None:
+                raise MalformedFrame(f"the worker sent {type(message).__name__} before Hello")
+            case Snapshot() | Stored() | Removed() | Cleared():
+                await self._apply_change(message)
+            case SnapshotEnd():
+                self._worker.synced = True
+                self._logged = ""
+            case Heartbeat():
+                self._beat(message)
+            case Digest():
+                self._verify(message)
+            case Admitted():
+                self._admitted(self._worker, message)
+            case _:
+                pass
+
+    async def _apply_change(self, message: Snapshot | Stored | Removed | Cleared) -> None:
+        if message.tier not in TIERS:
+            return
+        match message:
+            case Cleared():
+                await self._clear(message.tier)
+            case Removed():
+                await self._in_slices(self._index.removed, message.tier, message.chunks)
+            case _:
+                await self._in_slices(self._index.stored, message.tier, message.chunks)
+
+    def _begin(self, hello: Hello) -> None:
+        check_version(hello)
+        if self._worker.hello is not None:
+            raise MalformedFrame("the worker sent Hello twice")
+        if not 0 < hello.chunk_size < 2**32:
+            raise MalformedFrame(f"the worker's chunk size is {hello.chunk_size}")
+        self._index.drop(self._worker.name)
+        self._index.open(self._worker.name)
+        if hello.epoch != self._epoch:
+            self._epoch = hello.epoch
+            self._worker.epochs += 1
+            self._worker.trust = 1.0
+        self._worker.hello = hello
+        self._worker.reports_error = ""
+
+    async def _in_slices(self, apply: Callable[[str, str, list[bytes]], None], tier: str, chunks: bytes) -> None:
+        width = SLICE_CHUNKS * HASH_BYTES
+        apply(self._worker.name, tier, unpack(chunks[:width]))
+        for at in range(width, len(chunks), width):
+            await asyncio.sleep(0)
+            apply(self._worker.name, tier, unpack(chunks[at : at + width]))
+
+    async def _clear(self, tier: str) -> None:
+        self._index.cleared(self._worker.name, tier)
+        while self._index.sweep(SLICE_CHUNKS):  # noqa: ASYNC110 - work is done, in turns
+            await asyncio.sleep(0)
+
+    def _beat(self, message: Heartbeat) -> None:
+        now = asyncio.get_running_loop().time()
+        self._worker.heartbeat = message
+        self._worker.heartbeat_at = now
+        self._worker.load.heartbeat(message.uncached_tokens, now)
+
+    def _verify(self, message: Digest) -> None:
+        wrong = self._index.verify(self._worker.name, message.tiers, self._verify_entries)
+        self._worker.digests_checked += 1
+        if wrong:
+            self._worker.digest_mismatches += 1
+            raise _Relist("digest")
+
+    def _forget(self) -> None:
+        self._index.drop(self._worker.name)
+        self._worker.forget_reports()
+
+    def _note(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, _Relist):
+            self._worker.relists[error.cause] = self._worker.relists.get(error.cause, 0) + 1
+            text = f"listing again: {error.cause}"
+        elif isinstance(error, TimeoutError):
+            text = f"nothing heard for {self._silence:g} s"
+        self._worker.reports_error = text
+        if text != self._logged:
+            self._logged = text
+            _log.warning("reports of worker %s: %s; routed by load until they are back", self._worker.name, text)
+
+
+async def connect(address: tuple[str, int], opening: Open) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A report connection with ``opening`` sent.
+
+    Raises:
+        OSError: nobody listens, or not in time.
+    """
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(*address)
+    writer.write(encode(opening))
+    return reader, writer
+
+
+async def call(
+    address: tuple[str, int], operation: str, arguments: dict[str, Any] | None = None, token: str = ""
+) -> Any:
+    """The result of one control request to a worker's report port.
+
+    Raises:
+        OSError: the port cannot be reached, or does not answer in time.
+        ProtocolError: the worker refused, or what answered is no report port.
+    """
+    async with asyncio.timeout(CONNECT_TIMEOUT_S * 2):
+        reader, writer = await connect(address, Open(watch=False, token=token, reader="warmroute"))
+        try:
+            writer.write(encode(Call(id=1, operation=operation, arguments=arguments or {})))
+            return await _reply(reader)
+        finally:
+            writer.transport.abort()
+
+
+async def _reply(reader: asyncio.StreamReader) -> Any:
+    decoder = FrameDecoder()
+    while data := await reader.read(_READ_BYTES):
+        for message in decoder.feed(data):
+            match message:
+                case Hello():
+                    check_version(message)
+                case Bye():
+                    raise Refused(message.reason)
+                case Reply():
+                    if message.error:
+                        raise Refused(message.error)
+                    return message.result
+    raise MalformedFrame("the connection was closed without a reply: is this a report port?")
+
+
+class Sweeper:
+    """Sweeps what dropped workers left in the index, a little at a time."""
+
+    def __init__(self, index: Index, period: float = 0.05) -> None:
+        self._index = index
+        self._period = period
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        with suppress(asyncio.CancelledError):
+            while True:
+                busy = self._index.sweep(SLICE_CHUNKS)
+                await asyncio.sleep(0.002 if busy else self._period)

@@ -1,0 +1,108 @@
+"""The HTTP server: uvicorn with httptools and uvloop, and what uvicorn leaves open.
+
+A request's head is bounded while it arrives; a client that stops reading is disconnected after a while; the application
+learns of a lost connection by a call instead of a waiting task, and can break one off.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from router.client import CONNECTION
+from router.config import Settings
+from router.errors import TooLarge
+
+_log = logging.getLogger(__name__)
+
+
+class Protocol(HttpToolsProtocol):
+    """One client connection."""
+
+    max_header_bytes = 64 << 10
+    client_timeout = 300.0
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.on_lost: Callable[[], None] | None = None
+        self._head_bytes = 0
+        self._in_head = True
+        self._stalled: asyncio.TimerHandle | None = None
+
+    def abort(self) -> None:
+        """Close at once, without completing the response."""
+        self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_header_bytes:
+                self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = 0
+        self.scope[CONNECTION] = self  # type: ignore[literal-required] # ours alone
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.resume_writing()
+        super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(self.client_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        error = TooLarge(msg, status=400, code="malformed_http")
+        self._answer(b"400 Bad Request", error.body())
+
+    def _refuse_head(self) -> None:
+        message = f"the request's headers exceed {self.max_header_bytes} bytes"
+        self._answer(
+            b"431 Request Header Fields Too Large", TooLarge(message, status=431, code="headers_too_large").body()
+        )
+
+    def _answer(self, status: bytes, body: bytes) -> None:
+        head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(body)) + body)
+        self.transport.close()
+
+
+def make_server(app: Any, settings: Settings) -> uvicorn.Server:
+    """A server for ``app``, not started."""
+    members = {"max_header_bytes": settings.max_header_bytes, "client_timeout": settings.client_timeout}
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=type("Protocol", (Protocol,), members),
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        date_header=False,
+        backlog=2048,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=round(settings.drain_timeout),
+    )
+    return uvicorn.Server(config)
