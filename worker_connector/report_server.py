@@ -420,9 +420,9 @@ class _Client:
         self.session.cancel()
 
     async def run(self) -> None:
-        _keep_alive(self._writer)
-        self._writer.transport.set_write_buffer_limits(high=256 << 10)
         try:
+            _keep_alive(self._writer)
+            self._writer.transport.set_write_buffer_limits(high=256 << 10)
             await self._converse()
         except asyncio.CancelledError:
             pass
@@ -468,10 +468,10 @@ class _Client:
                     frames = self._queue.popleft()
                     await self._write(frames)
                     self._queued_bytes -= len(frames)
+        except TimeoutError:  # before OSError, of which it is one
+            self.drop()
         except OSError:
             pass  # the other side is gone: the session sees its end
-        except TimeoutError:
-            self.drop()
         except Exception:  # noqa: BLE001 - one reader's trouble is nobody else's
             _log.exception("A report stream ended")
         finally:
