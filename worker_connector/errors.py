@@ -2,6 +2,7 @@
 
 ConnectorError
 ├── ConfigurationError   a setting is unknown, impossible, or contradicts another; the text names key, value and cure
+├── UnsupportedCache     the engine's KV cache cannot be stored exactly; the connector turns itself off
 ├── ReportUnavailable    the report port cannot be opened
 └── StatsUnavailable     no engine's figures could be read
 """
@@ -12,6 +13,10 @@ class ConnectorError(Exception):
 
 
 class ConfigurationError(ConnectorError, ValueError):
+    pass
+
+
+class UnsupportedCache(ConnectorError):
     pass
 
 

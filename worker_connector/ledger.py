@@ -1,0 +1,299 @@
+"""The ledger: the only record of which chunk is in which tier of this engine.
+
+The ``gpu`` tier is a set of chunks, mirrored from the engine's own prefix cache. The ``cpu`` tier has a fixed number of
+slots, and a chunk's slot has the same number in every rank's slab. A slot's life::
+
+    free ── reserve ──► saving ── commit ──► ready ── evict / forget ──► free
+                          └────── abandon ─────────────────────────────►
+
+Only a ready chunk is visible: to lookups, in ``content``, in the digests and in the changes that reports carry. Loads
+pin ready slots. A slot that is forgotten while a save or a load still uses its bytes is invisible at once and becomes
+free when the last of them ends, so bytes never change under a transfer.
+
+``lock`` guards everything here: the engine thread writes, the report server's thread reads. Every call takes it.
+"""
+
+import threading
+from collections.abc import Container, Iterable
+from enum import Enum
+
+from kv_protocol.digests import RunningDigest, SetDigest
+from kv_protocol.messages import Cleared, Removed, Stored, pack
+from worker_connector.eviction import EvictionPolicy
+
+Change = Stored | Removed | Cleared
+
+GPU = "gpu"
+CPU = "cpu"
+
+
+class SlotState(Enum):
+    SAVING = "saving"
+    READY = "ready"
+
+
+class Slot:
+    """One chunk's place in the slab.
+
+    ``missing`` tells, for each KV-cache group, how many of the chunk's first blocks the slot does not hold: a sliding
+    window may have passed them before the chunk was full.
+    """
+
+    __slots__ = ("chunk", "forgotten", "index", "kept", "missing", "pins", "state")
+
+    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...]) -> None:
+        self.chunk = chunk
+        self.index = index
+        self.missing = missing
+        self.state = SlotState.SAVING
+        self.pins = 0
+        self.kept = False
+        self.forgotten = False
+
+
+class Ledger:
+    """Which chunk is where. See the module's text for the life of a slot."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.lock = threading.RLock()
+        self.capacity = 0
+        self.evictions = 0
+        self._policy = policy
+        self._gpu: set[bytes] = set()
+        self._slots: dict[bytes, Slot] = {}
+        self._forgotten: set[Slot] = set()
+        self._free: list[int] = []
+        self._ready = 0
+        self._digests = {GPU: RunningDigest(), CPU: RunningDigest()}
+        self._changes: list[tuple[type[Change], str, list[bytes]]] = []
+
+    def set_capacity(self, slots: int) -> None:
+        """Give the cpu tier its slots. Once, before the first save.
+
+        Raises:
+            RuntimeError: the tier has slots in use.
+        """
+        with self.lock:
+            if self._slots or self._forgotten:
+                raise RuntimeError("the cpu tier cannot change its size while slots are in use")
+            self.capacity = slots
+            self._free = list(range(slots - 1, -1, -1))
+
+    # ---- cpu tier: saves ----------------------------------------------------------------------------------------
+
+    def reserve(
+        self, chunk: bytes, missing: tuple[int, ...] = (), spare: Container[bytes] = frozenset()
+    ) -> Slot | None:
+        """A slot to save ``chunk`` into, evicting another chunk if none is free; None when every slot is in use, the
+        next victim is in ``spare``, or the chunk has a slot already. O(1)."""
+        with self.lock:
+            if chunk in self._slots:
+                return None
+            if not self._free:
+                self._evict_one(spare)
+            if not self._free:
+                return None
+            slot = Slot(chunk, self._free.pop(), missing)
+            self._slots[chunk] = slot
+            return slot
+
+    def commit(self, slot: Slot) -> None:
+        """The save of ``slot`` is complete in every rank: its chunk becomes visible. O(1)."""
+        with self.lock:
+            slot.state = SlotState.READY
+            if slot.forgotten:
+                self._free_if_unused(slot)
+                return
+            self._ready += 1
+            self._policy.add(slot.chunk)
+            self._digests[CPU].add(slot.chunk)
+            self._note(Stored, CPU, slot.chunk)
+
+    def abandon(self, slot: Slot) -> None:
+        """The save of ``slot`` failed: the slot is free again. O(1)."""
+        with self.lock:
+            slot.state = SlotState.READY
+            if not slot.forgotten:
+                del self._slots[slot.chunk]
+                slot.forgotten = True
+                self._forgotten.add(slot)
+            self._free_if_unused(slot)
+
+    # ---- cpu tier: lookups and loads ----------------------------------------------------------------------------
+
+    def lookup(self, chunk: bytes) -> Slot | None:
+        """The chunk's slot if its bytes can be loaded now. O(1)."""
+        slot = self._slots.get(chunk)
+        return slot if slot is not None and slot.state is SlotState.READY else None
+
+    def holds(self, chunk: bytes) -> bool:
+        """Whether the cpu tier has the chunk or is saving it. O(1)."""
+        return chunk in self._slots
+
+    def pin(self, slot: Slot) -> None:
+        """Keep a ready slot's bytes as they are until ``unpin``; pins are counted. O(1)."""
+        with self.lock:
+            slot.pins += 1
+            if not slot.forgotten:
+                self._policy.hold(slot.chunk)
+
+    def unpin(self, slot: Slot) -> None:
+        """Undo one ``pin``. O(1)."""
+        with self.lock:
+            slot.pins -= 1
+            if slot.forgotten:
+                self._free_if_unused(slot)
+            elif not slot.pins and not slot.kept:
+                self._policy.release(slot.chunk)
+
+    def touch(self, chunks: Iterable[bytes]) -> None:
+        """Count a use of each chunk, in this order."""
+        with self.lock:
+            for chunk in chunks:
+                self._policy.touch(chunk)
+
+    def keep(self, chunks: Iterable[bytes], *, keep: bool = True) -> int:
+        """Protect ready chunks from eviction, or with ``keep=False`` no longer; the number that changed."""
+        with self.lock:
+            slots = [slot for chunk in chunks if (slot := self.lookup(chunk)) is not None and slot.kept is not keep]
+            for slot in slots:
+                slot.kept = keep
+                if keep:
+                    self._policy.hold(slot.chunk)
+                elif not slot.pins:
+                    self._policy.release(slot.chunk)
+            return len(slots)
+
+    def forget(self, chunk: bytes) -> bool:
+        """Drop a chunk from the cpu tier; whether it was there. O(1)."""
+        with self.lock:
+            slot = self._slots.pop(chunk, None)
+            if slot is None:
+                return False
+            if slot.state is SlotState.READY:
+                self._hide(slot)
+                self._note(Removed, CPU, chunk)
+            self._retire(slot)
+            return True
+
+    def clear_cpu(self) -> None:
+        """Empty the cpu tier. Slots in use by a transfer are reused only after it."""
+        with self.lock:
+            slots = list(self._slots.values())
+            self._slots.clear()
+            for slot in slots:
+                if slot.state is SlotState.READY:
+                    self._hide(slot)
+                self._retire(slot)
+            self._changes.append((Cleared, CPU, []))
+
+    # ---- gpu tier -----------------------------------------------------------------------------------------------
+
+    def gpu_stored(self, chunks: Iterable[bytes]) -> None:
+        """The engine's prefix cache has these chunks now. O(1) each."""
+        with self.lock:
+            for chunk in chunks:
+                if chunk not in self._gpu:
+                    self._gpu.add(chunk)
+                    self._digests[GPU].add(chunk)
+                    self._note(Stored, GPU, chunk)
+
+    def gpu_removed(self, chunks: Iterable[bytes]) -> None:
+        """The engine's prefix cache lost these chunks. O(1) each."""
+        with self.lock:
+            for chunk in chunks:
+                if chunk in self._gpu:
+                    self._gpu.remove(chunk)
+                    self._digests[GPU].discard(chunk)
+                    self._note(Removed, GPU, chunk)
+
+    def gpu_cleared(self) -> None:
+        """The engine's prefix cache was emptied."""
+        with self.lock:
+            self._gpu.clear()
+            self._digests[GPU].clear()
+            self._changes.append((Cleared, GPU, []))
+
+    # ---- what others see ----------------------------------------------------------------------------------------
+
+    def in_gpu(self, chunk: bytes) -> bool:
+        """Whether the engine's prefix cache has the whole chunk. O(1)."""
+        return chunk in self._gpu
+
+    def take_changes(self) -> list[Change]:
+        """Every visible change since the last call, in order."""
+        with self.lock:
+            taken, self._changes = self._changes, []
+        return [_message(kind, tier, chunks) for kind, tier, chunks in taken]
+
+    def content(self) -> dict[str, list[bytes]]:
+        """The visible chunks of each tier. O(chunks)."""
+        with self.lock:
+            return {GPU: list(self._gpu), CPU: [slot.chunk for slot in self._ready_slots()]}
+
+    def counts(self) -> dict[str, int]:
+        """The number of visible chunks in each tier. O(1)."""
+        return {GPU: len(self._gpu), CPU: self._ready}
+
+    def digests(self) -> dict[str, SetDigest]:
+        """The digest of each tier's visible chunks. O(1)."""
+        with self.lock:
+            return {tier: digest.take() for tier, digest in self._digests.items()}
+
+    def check(self) -> None:
+        """Assert every invariant. O(capacity + chunks)."""
+        with self.lock:
+            slots = [*self._slots.values(), *self._forgotten]
+            indices = [slot.index for slot in slots] + self._free
+            assert sorted(indices) == list(range(self.capacity)), "a slot is lost or has two owners"
+            ready = list(self._ready_slots())
+            assert self._ready == len(ready), "ready slots are miscounted"
+            for chunk, slot in self._slots.items():
+                assert slot.chunk == chunk, "a slot is filed under another chunk"
+                assert not slot.forgotten, "a forgotten slot is still filed"
+                assert slot.pins >= 0, "a slot was unpinned too often"
+                assert slot.state is SlotState.READY or not slot.pins, "a slot is pinned while it is being saved"
+            for slot in self._forgotten:
+                assert slot.forgotten, "a slot is retired but not forgotten"
+                assert slot.pins or slot.state is SlotState.SAVING, "an unused slot was not freed"
+            for tier, chunks in self.content().items():
+                expected = RunningDigest()
+                for chunk in chunks:
+                    expected.add(chunk)
+                assert expected.take() == self._digests[tier].take(), f"the digest of {tier} is wrong"
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _ready_slots(self) -> Iterable[Slot]:
+        return (slot for slot in self._slots.values() if slot.state is SlotState.READY)
+
+    def _evict_one(self, spare: Container[bytes]) -> None:
+        chunk = self._policy.victim()
+        if chunk is not None and chunk not in spare:
+            self.evictions += 1
+            self.forget(chunk)
+
+    def _hide(self, slot: Slot) -> None:
+        self._ready -= 1
+        self._policy.discard(slot.chunk)
+        self._digests[CPU].discard(slot.chunk)
+
+    def _retire(self, slot: Slot) -> None:
+        slot.forgotten = True
+        self._forgotten.add(slot)
+        self._free_if_unused(slot)
+
+    def _free_if_unused(self, slot: Slot) -> None:
+        if not slot.pins and slot.state is SlotState.READY:
+            self._forgotten.discard(slot)
+            self._free.append(slot.index)
+
+    def _note(self, kind: type[Change], tier: str, chunk: bytes) -> None:
+        if self._changes and self._changes[-1][:2] == (kind, tier):
+            self._changes[-1][2].append(chunk)
+        else:
+            self._changes.append((kind, tier, [chunk]))
+
+
+def _message(kind: type[Change], tier: str, chunks: list[bytes]) -> Change:
+    return Cleared(tier=tier) if kind is Cleared else kind(tier=tier, chunks=pack(chunks))  # type: ignore[call-arg]

@@ -1,0 +1,572 @@
+"""The scheduler half: decides what is loaded, what is saved, and what the engine is told.
+
+The engine asks, per request, how many tokens can be loaded beyond its own prefix cache (``match``), tells which blocks
+it gave the request (``allocated``), and then, once per step, takes the step's plan (``plan_step``) and hands back what
+the workers did (``absorb``). Loads are asynchronous: the engine parks the request until its load is reported.
+
+Rules kept here:
+
+- A chunk is loaded by one request at a time. Others that need it wait, for no longer than a load may take, and then
+  find it in the engine's own prefix cache.
+- A load that fails makes the engine compute the request's tokens. The chunks at fault are forgotten and the request is
+  not offered another load, so failing ends.
+- A chunk is saved in the step that fills it, or in the first step that meets it full, from the blocks that the
+  request's table names in that very step: tables change behind the window of sliding-window groups.
+- Blocks that get another owner while a save still reads them are named in the next plan, and workers finish those
+  saves before anything writes to the blocks.
+
+Nothing here knows vLLM's classes, only the names of their fields; everything runs on the engine's thread except
+``heartbeat``, ``content`` and ``digests``.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kv_protocol.digests import SetDigest
+from kv_protocol.messages import Admitted, Heartbeat, Message
+from worker_connector.config import ConnectorConfig
+from worker_connector.estimate import Estimator
+from worker_connector.geometry import Group
+from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot
+from worker_connector.plan import LoadJob, SaveJob, Span, StepPlan, WorkerReport
+from worker_connector.request_state import RequestState, external_id
+from worker_connector.stats import Stats
+
+LOAD_SECONDS = 10.0
+"""A load that takes longer is given up and its tokens are computed."""
+
+OVERDUE_SECONDS = 60.0
+"""An unacknowledged save keeps an idle engine stepping for no longer than this."""
+
+NULL_BLOCK = 0
+"""The block id that stands for no block."""
+
+_log = logging.getLogger("vllm.warmroute.planner")
+
+Tables = Sequence[Sequence[int]]
+
+
+@dataclass(slots=True)
+class _Load:
+    slots: list[Slot]
+    chunks: list[bytes]
+    nbytes: int
+    tokens: int
+    began: float
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class _Save:
+    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews."""
+
+    job: SaveJob
+    slots: list[Slot] = field(default_factory=list)
+    heads: list[list[bytes]] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    began: float = 0.0
+    ranks: int = 0
+    failed: bool = False
+
+
+class Planner:
+    """See the module's text. ``chunk_bytes`` is what a chunk takes on one rank; ``publish`` gets messages for report
+    readers, in order, while the ledger's lock is held."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        ledger: Ledger,
+        groups: Sequence[Group],
+        *,
+        model: str,
+        ranks: int = 1,
+        chunk_bytes: int = 0,
+        may_load: bool = True,
+        may_save: bool = True,
+        stats: Stats | None = None,
+        publish: Callable[[list[Message]], None] = lambda _: None,
+        gpu_usage: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ledger = ledger
+        self.lock = ledger.lock
+        self.stats = stats or Stats()
+        self.estimator = Estimator()
+        self.publish = publish
+        self.gpu_usage = gpu_usage
+        self._config = config
+        self._size = config.chunk_size
+        self._groups = tuple(groups)
+        self._partial_groups = tuple(group for group in groups if not group.reads_everything)
+        self._model = model
+        self._ranks = ranks
+        self._chunk_bytes = chunk_bytes
+        self._may_load = may_load and config.enable_prefix_cache
+        self._may_save = may_save and config.enable_prefix_cache
+        self._clock = clock
+        self._requests: dict[str, RequestState] = {}
+        self._loads: dict[str, _Load] = {}
+        self._loading: dict[bytes, str] = {}
+        self._bytes_loading = 0
+        self._saves: dict[int, _Save] = {}
+        self._readers_of: dict[int, int] = {}
+        self._next_loads: list[LoadJob] = []
+        self._taken_blocks: list[int] = []
+        self._admitted: list[Message] = []
+        self._steps: deque[tuple[int, float, int]] = deque(maxlen=16)
+        self._step = 0
+        self._last_end = 0.0
+        self._evictions_seen = 0
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def added(self, request: Any) -> None:
+        """The engine got a request."""
+        with self.lock:
+            self._state(request)
+
+    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """How many tokens to load beyond the ``computed`` ones, and whether the load is asynchronous; None: ask again.
+
+        Changes nothing that matters, so it may be asked in every step. O(chunks of the prompt).
+        """
+        with self.lock:
+            state = self._state(request)
+            state.local, state.offered = computed, 0
+            tokens = self._loadable(state, computed)
+            if tokens is None:
+                return None, False
+            state.offered = tokens
+            return tokens, tokens > 0
+
+    def allocated(self, request: Any, tables: Tables, tokens: int) -> None:
+        """The engine gave the request its blocks and wants ``tokens`` tokens loaded into them, 0 for none."""
+        with self.lock:
+            state = self._state(request)
+            state.offered = tokens
+            if state.skipped:
+                self.stats.load_skipped(CPU, state.skipped)
+                state.skipped = 0
+            if tokens:
+                self._begin_load(state, tables, state.local, state.local + tokens)
+
+    def finished(self, request_id: str) -> None:
+        """The engine is done with a request, or gave it up. A load that is still under way stays on record."""
+        with self.lock:
+            self._requests.pop(request_id, None)
+
+    # ---- steps --------------------------------------------------------------------------------------------------
+
+    def plan_step(self, output: Any) -> StepPlan:
+        """The plan of the step that a ``SchedulerOutput`` describes. O(requests in it)."""
+        with self.lock:
+            self._step += 1
+            plan = StepPlan(loads=self._next_loads, idle=not output.total_num_scheduled_tokens)
+            self._next_loads = []
+            taken, self._taken_blocks = self._taken_blocks, []
+            self._meet_scheduled(output, taken)
+            self._meet_preempted(output)
+            plan.settle = self._saves_reading(taken)
+            plan.save = self._plan_save(output)
+            plan.step = self._time_step(output)
+            self.publish_changes()
+            return plan
+
+    def absorb(self, report: WorkerReport | None, finished: Iterable[str]) -> None:
+        """What the workers did, and the requests whose loads every rank has ended. Before the next ``match``."""
+        with self.lock:
+            if report is not None:
+                self._absorb(report)
+            for request_id in finished:
+                self._end_load(request_id)
+            self.publish_changes()
+
+    def has_unfinished_transfers(self) -> bool:
+        """Whether an engine without requests must keep stepping so that saves are acknowledged."""
+        horizon = self._clock() - OVERDUE_SECONDS
+        return any(save.began > horizon for save in self._saves.values()) or bool(self._loads)
+
+    def clear(self) -> None:
+        """Empty the tiers behind the GPU."""
+        with self.lock:
+            self.ledger.clear_cpu()
+            self.publish_changes()
+
+    # ---- reports ------------------------------------------------------------------------------------------------
+
+    def publish_changes(self) -> None:
+        """Tell readers what changed since the last call."""
+        with self.lock:
+            messages: list[Message] = [*self.ledger.take_changes(), *self._admitted]
+            self._admitted.clear()
+            if (evictions := self.ledger.evictions - self._evictions_seen) > 0:
+                self._evictions_seen = self.ledger.evictions
+                self.stats.evicted(CPU, evictions)
+            if messages:
+                self.publish(messages)
+
+    def take_changes(self) -> list[Change]:
+        """Visible changes that were not published yet."""
+        return self.ledger.take_changes()
+
+    def content(self) -> dict[str, list[bytes]]:
+        """Every tier's visible chunks."""
+        return self.ledger.content()
+
+    def digests(self) -> dict[str, SetDigest]:
+        """Every tier's digest."""
+        return self.ledger.digests()
+
+    def heartbeat(self) -> Heartbeat:
+        """Load as of now. O(requests)."""
+        with self.lock:
+            running = sum(state.running for state in self._requests.values())
+            return Heartbeat(
+                running=running,
+                waiting=len(self._requests) - running,
+                uncached_tokens=sum(state.uncached_tokens for state in self._requests.values()),
+                gpu_usage=self.gpu_usage(),
+                prefill_speed=self.estimator.prefill_speed,
+                held_chunks=self.ledger.counts(),
+                load_bandwidth={CPU: self.estimator.load_bandwidth * self._ranks},
+            )
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        with self.lock:
+            self.ledger.check()
+            pinned = [slot for load in self._loads.values() for slot in load.slots]
+            assert all(slot.pins >= pinned.count(slot) for slot in pinned), "a loading slot is not pinned"
+            for chunk, request_id in self._loading.items():
+                assert chunk in self._loads[request_id].chunks, "a chunk is marked loading without a load"
+            assert all(job in self._saves for job in self._readers_of.values()), "a block waits for no save"
+            assert self._bytes_loading == sum(load.nbytes for load in self._loads.values()), "bytes under way are wrong"
+
+    # ---- hits ---------------------------------------------------------------------------------------------------
+
+    def _state(self, request: Any) -> RequestState:
+        state = self._requests.get(request.request_id)
+        if state is None or state.request is not request:
+            state = RequestState(request, self._size, self._model)
+            self._requests[request.request_id] = state
+        return state
+
+    def _loadable(self, state: RequestState, computed: int) -> int | None:
+        state.skipped = 0
+        if not self._may_load or not state.eligible or state.barred:
+            return 0
+        if getattr(state.request, "skip_reading_prefix_cache", False):
+            return 0
+        end = self._hit_end(state, computed)
+        tokens = end - computed
+        if tokens <= 0 or tokens < self._config.min_load_tokens:
+            return 0
+        if self._awaits_other_load(state, computed, end):
+            return None if self._may_wait(state) else 0
+        state.waiting_since = None
+        return tokens if self._is_worth_loading(state, tokens) else 0
+
+    def _hit_end(self, state: RequestState, computed: int) -> int:
+        """The token up to which chunks can be loaded, at least ``computed`` rounded down to a chunk."""
+        chunks, first = state.extend(), computed // self._size
+        end = first
+        while end < len(chunks) and self.ledger.lookup(chunks[end]) is not None:
+            end += 1
+        while end > first and not self._reaches_back(chunks, computed, end * self._size):
+            end -= 1
+        return end * self._size
+
+    def _reaches_back(self, chunks: list[bytes], computed: int, end: int) -> bool:
+        """Whether slots hold all that groups with a limited reach still read after ``end`` tokens."""
+        for group in self._partial_groups:
+            needed = max(group.first_needed(end), computed)
+            for at in range(needed // self._size, end // self._size):
+                first = max(0, needed - at * self._size) // group.block_size
+                slot = self.ledger.lookup(chunks[at])
+                if slot is None or slot.missing[group.index] > first:
+                    return False
+        return True
+
+    def _awaits_other_load(self, state: RequestState, start: int, end: int) -> bool:
+        chunks = state.chunks[start // self._size : end // self._size]
+        return bool(self._loading) and any(chunk in self._loading for chunk in chunks)
+
+    def _may_wait(self, state: RequestState) -> bool:
+        now = self._clock()
+        if state.waiting_since is None:
+            state.waiting_since = now
+        return now - state.waiting_since <= LOAD_SECONDS
+
+    def _is_worth_loading(self, state: RequestState, tokens: int) -> bool:
+        if not self._config.load_or_compute:
+            return True
+        nbytes = self._chunk_bytes * tokens // self._size
+        worth = self.estimator.worth_loading(nbytes, tokens, self._bytes_loading)
+        state.skipped = 0 if worth else -(-tokens // self._size)
+        return worth
+
+    # ---- loads --------------------------------------------------------------------------------------------------
+
+    def _begin_load(self, state: RequestState, tables: Tables, start: int, end: int) -> None:
+        request_id, refused = state.request.request_id, False
+        chunks = state.chunks[start // self._size : -(-end // self._size)]
+        slots: list[Slot] = []
+        spans: list[Span] = []
+        for at, chunk in enumerate(chunks, start // self._size):
+            slot = self.ledger.lookup(chunk)
+            found = self._load_spans(slot, at, tables, start, end) if slot is not None else None
+            if slot is None or found is None:
+                # Forgotten since the query, or a block is wanted that the slot lacks.
+                refused = True
+                break
+            slots.append(slot)
+            spans += found
+        for slot in slots:
+            self.ledger.pin(slot)
+        nbytes = self._chunk_bytes * (end - start) // self._size
+        self._loads[request_id] = _Load(slots, chunks, nbytes, end - start, self._clock())
+        self._loading.update(dict.fromkeys(chunks, request_id))
+        self._bytes_loading += nbytes
+        blocks = [block for block in _blocks_from(self._groups, tables, start) if block != NULL_BLOCK]
+        self._next_loads.append(LoadJob(request_id, [] if refused else spans, LOAD_SECONDS, blocks, refused))
+        self._taken_blocks += blocks
+
+    def _load_spans(self, slot: Slot, at: int, tables: Tables, start: int, end: int) -> list[Span] | None:
+        """The parts of a chunk to load between two tokens; None if the slot lacks one of them."""
+        spans = []
+        for group in self._groups:
+            base = at * group.blocks_per_chunk
+            low = max(start // group.block_size, base)
+            high = min(end // group.block_size, base + group.blocks_per_chunk)
+            for first, blocks in _present(tables[group.index][low:high]):
+                position = low - base + first
+                if slot.missing and position < slot.missing[group.index]:
+                    return None
+                spans.append(Span(slot.index, group.index, position, blocks))
+        return spans
+
+    def _end_load(self, request_id: str) -> None:
+        load = self._loads.pop(request_id, None)
+        if load is None:
+            _log.error("The load of an unknown request %s ended", request_id)
+            return
+        # From the last to the first: the head of a prompt is then the most recently used.
+        for slot in reversed(load.slots):
+            self.ledger.unpin(slot)
+        for chunk in load.chunks:
+            if self._loading.get(chunk) == request_id:
+                del self._loading[chunk]
+        self._bytes_loading -= load.nbytes
+        seconds = self._clock() - load.began
+        if load.failed:
+            self.stats.load_failed(CPU, len(load.chunks))
+        else:
+            self.estimator.observe_round_trip(load.nbytes, seconds)
+            self.stats.loaded(CPU, len(load.chunks), load.nbytes * self._ranks, seconds)
+        state = self._requests.get(request_id)
+        if state is not None:
+            state.barred = state.barred or load.failed
+            state.loaded = 0 if load.failed else load.tokens
+            state.offered = 0
+
+    def _fail_load(self, request_id: str, bad_slots: set[int]) -> None:
+        load = self._loads.get(request_id)
+        if load is None:
+            return
+        load.failed = True
+        for slot in load.slots:
+            if slot.index in bad_slots and not slot.forgotten:
+                self.ledger.forget(slot.chunk)
+
+    # ---- saves --------------------------------------------------------------------------------------------------
+
+    def _plan_save(self, output: Any) -> SaveJob | None:
+        if not self._may_save or not self.ledger.capacity:
+            return None
+        save = _Save(SaveJob(self._step, []), began=self._clock())
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            state = self._requests.get(request_id)
+            if state is not None and state.eligible:
+                self._save_request(state, scheduled, output.kv_connector_block_state, save)
+        if not save.slots:
+            return None
+        self._saves[self._step] = save
+        self._readers_of.update(dict.fromkeys(save.blocks, self._step))
+        return save.job
+
+    def _save_request(self, state: RequestState, scheduled: int, blocks: Any, save: _Save) -> None:
+        computed, known = state.request.num_computed_tokens, state.request.num_tokens
+        # Computed tokens fall behind the cursor after a failed load, a preemption or a rejected draft.
+        first = min(state.saved, computed // self._size)
+        end = min(computed + scheduled, known) // self._size
+        if end <= first:
+            return
+        state.saved = end
+        chunks = state.extend()
+        wanted = [at for at in range(first, min(end, len(chunks))) if self._lacks(chunks[at])]
+        tables = blocks.get_block_ids(state.request.request_id) if wanted and blocks is not None else None
+        if tables is None:
+            return
+        own = frozenset(chunks[:end])
+        saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own)]
+        if saved:
+            save.heads.append(chunks[: saved[0]])
+
+    def _lacks(self, chunk: bytes) -> bool:
+        """Whether a chunk is not in the cpu tier, or is there without some of its blocks."""
+        slot = self.ledger.lookup(chunk)
+        return any(slot.missing) if slot is not None else not self.ledger.holds(chunk)
+
+    def _save_chunk(self, save: _Save, at: int, chunk: bytes, tables: Tables, own: frozenset[bytes]) -> bool:
+        parts = []
+        for group in self._groups:
+            base = at * group.blocks_per_chunk
+            blocks = list(tables[group.index][base : base + group.blocks_per_chunk])
+            missing = _missing(blocks)
+            if len(blocks) < group.blocks_per_chunk or (missing and group.reads_everything):
+                return False
+            parts.append((group.index, missing, blocks[missing:]))
+        lacking = tuple(missing for _, missing, _ in parts)
+        if (held := self.ledger.lookup(chunk)) is not None:
+            if not _is_fuller(lacking, held.missing):
+                return False
+            self.ledger.forget(chunk)
+        slot = self.ledger.reserve(chunk, lacking, own)
+        if slot is None:
+            return False
+        save.slots.append(slot)
+        for group_index, missing, blocks in parts:
+            if blocks:
+                save.blocks += blocks
+                save.job.spans.append(Span(slot.index, group_index, missing, blocks))
+        return True
+
+    def _end_save(self, job: int) -> None:
+        save = self._saves.pop(job)
+        for block in save.blocks:
+            if self._readers_of.get(block) == job:
+                del self._readers_of[block]
+        for slot in reversed(save.slots):
+            if save.failed:
+                self.ledger.abandon(slot)
+            else:
+                self.ledger.commit(slot)
+        for head in save.heads:
+            self.ledger.touch(reversed(head))
+
+    # ---- steps, inside ------------------------------------------------------------------------------------------
+
+    def _meet_scheduled(self, output: Any, taken: list[int]) -> None:
+        """Note who runs, and add the blocks that got an owner in this step to ``taken``."""
+        for entry in output.scheduled_new_reqs:
+            taken += _blocks_from(self._groups, entry.block_ids, entry.num_computed_tokens)
+            if (state := self._requests.get(entry.req_id)) is not None:
+                self._start(state, entry.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if blocks:
+                taken += [block for table in blocks for block in table]
+                if (state := self._requests.get(request_id)) is not None:
+                    state.running = True
+
+    def _meet_preempted(self, output: Any) -> None:
+        for request_id in output.preempted_req_ids or ():
+            state = self._requests.get(request_id)
+            if state is not None and request_id not in output.num_scheduled_tokens:
+                state.running = False
+
+    def _start(self, state: RequestState, computed: int) -> None:
+        state.running = True
+        if state.started:
+            return
+        state.started = True
+        request = state.request
+        hits = {CPU: min(state.loaded, computed)}
+        hits[GPU] = computed - hits[CPU]
+        hits = {tier: tokens for tier, tokens in hits.items() if tokens}
+        self._admitted.append(Admitted(external_id(request.request_id), request.num_prompt_tokens, hits))
+        load = self.estimator.load_seconds(self._chunk_bytes * state.loaded // self._size) if state.loaded else 0.0
+        self.stats.request(
+            request.num_prompt_tokens, hits, prefill_speed=self.estimator.prefill_speed, load_seconds=load or 0.0
+        )
+        if computed >= self._size:
+            self.ledger.touch(reversed(state.extend()[: computed // self._size]))
+
+    def _saves_reading(self, taken: list[int]) -> list[int]:
+        if not self._readers_of:
+            return []
+        return sorted({self._readers_of[block] for block in taken if block in self._readers_of})
+
+    def _time_step(self, output: Any) -> int:
+        """A number to time this step by; 0 for one that computes few prompt tokens."""
+        tokens = 0
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            if scheduled > 1 and (state := self._requests.get(request_id)) is not None:
+                left = state.request.num_prompt_tokens - state.request.num_computed_tokens
+                tokens += max(0, min(scheduled, left))
+        if not tokens:
+            return 0
+        self._steps.append((self._step, self._clock(), tokens))
+        return self._step
+
+    def _absorb(self, report: WorkerReport) -> None:
+        now = self._clock()
+        for job, ranks in report.saved.items():
+            self._acknowledge(job, ranks, failed=job in report.failed_saves)
+        for request_id, slots in report.failed_loads.items():
+            self._fail_load(request_id, slots)
+        for sample in report.loads:
+            self.estimator.observe_load(sample.nbytes, sample.seconds)
+        for sample in report.saves:
+            self.estimator.observe_save(sample.nbytes, sample.seconds)
+            self.stats.saved(CPU, 0, sample.nbytes, sample.seconds)
+        while self._steps and self._steps[0][0] <= report.step:
+            step, began, tokens = self._steps.popleft()
+            if step == report.step:
+                # With steps overlapping, one begins when the one before it ends.
+                self.estimator.observe_prefill(tokens, now - max(began, self._last_end))
+        if report.step:
+            self._last_end = now
+
+    def _acknowledge(self, job: int, ranks: int, *, failed: bool) -> None:
+        save = self._saves.get(job)
+        if save is None:
+            _log.error("The save of an unknown batch %d ended", job)
+            return
+        save.ranks += ranks
+        save.failed |= failed
+        if save.ranks >= self._ranks:
+            self.stats.saved(CPU, 0 if save.failed else len(save.slots), 0, 0.0)
+            self._end_save(job)
+
+
+def _blocks_from(groups: Iterable[Group], tables: Tables, computed: int) -> list[int]:
+    """The blocks of every table from the one on that holds token ``computed``."""
+    return [block for group in groups for block in tables[group.index][computed // group.block_size :]]
+
+
+def _is_fuller(missing: tuple[int, ...], than: tuple[int, ...]) -> bool:
+    return missing != than and all(here <= there for here, there in zip(missing, than, strict=True))
+
+
+def _missing(blocks: Sequence[int]) -> int:
+    """How many blocks from the first on must be left out so that none of the rest is the null block."""
+    return next((at for at in range(len(blocks), 0, -1) if blocks[at - 1] == NULL_BLOCK), 0)
+
+
+def _present(blocks: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Runs of real blocks: the position of the first, and their ids."""
+    run: list[int] = []
+    for at, block in enumerate(blocks):
+        if block != NULL_BLOCK:
+            run.append(block)
+        elif run:
+            yield at - len(run), run
+            run = []
+    if run:
+        yield len(blocks) - len(run), run

@@ -1,0 +1,110 @@
+"""What the planner knows of one request: its chunk hashes and how far it has come."""
+
+import re
+from typing import Any
+
+from kv_protocol.hashing import Media, chunk_hashes, root_hash
+
+_COMPLETION_ID = re.compile(r"(?:\d+_)?cmpl-(?P<id>.+?)-\d+(?:-[0-9a-f]{8})?")
+_CHAT_ID = re.compile(r"(?:\d+_)?chatcmpl-(?P<id>.+?)(?:-[0-9a-f]{8})?")
+_RANDOM_SUFFIX = re.compile(r"(?P<id>.+)-[0-9a-f]{8}")
+
+
+class RequestState:
+    """A request the engine has. Token positions are counted from the start of the prompt.
+
+    ``local`` and ``offered`` are the answer to the engine's last query: the tokens it has itself, and the tokens the
+    connector offered beyond them; ``skipped`` are chunks it held back because computing them is predicted to be faster.
+    ``saved`` is the first chunk that has not been considered for saving. ``barred``: a load of this request failed.
+    """
+
+    __slots__ = (
+        "barred",
+        "chunk_size",
+        "chunks",
+        "eligible",
+        "loaded",
+        "local",
+        "media",
+        "offered",
+        "request",
+        "root",
+        "running",
+        "saved",
+        "skipped",
+        "started",
+        "waiting_since",
+    )
+
+    def __init__(self, request: Any, chunk_size: int, model: str) -> None:
+        self.request = request
+        self.chunk_size = chunk_size
+        self.chunks: list[bytes] = []
+        self.eligible = has_tokens(request)
+        self.root = root_of(request, chunk_size, model) if self.eligible else b""
+        self.media = media_of(request) if self.eligible else ()
+        self.local = 0
+        self.offered = 0
+        self.loaded = 0
+        self.saved = 0
+        self.skipped = 0
+        self.barred = False
+        self.started = False
+        self.running = False
+        self.waiting_since: float | None = None
+
+    def extend(self) -> list[bytes]:
+        """The hashes of all whole chunks of known tokens, prompt and generated. About 2 µs per chunk not seen before.
+
+        Placeholders for tokens that are still being sampled, and draft tokens, are not known tokens.
+        """
+        size, have = self.chunk_size, len(self.chunks)
+        whole = self.request.num_tokens // size
+        if whole > have and self.eligible:
+            tokens = self.request.all_token_ids[have * size : whole * size]
+            parent = self.chunks[-1] if self.chunks else self.root
+            try:
+                self.chunks += chunk_hashes(parent, tokens, size, media=self.media, start=have * size)
+            except ValueError:
+                self.eligible = False
+        return self.chunks
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens that are still to be computed, as far as hits are known."""
+        have = max(self.request.num_computed_tokens, self.local + self.offered)
+        left: int = self.request.num_prompt_tokens - have
+        return max(0, left)
+
+
+def has_tokens(request: Any) -> bool:
+    """Whether the prompt is token ids throughout, so that its chunks can be named."""
+    return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
+
+
+def root_of(request: Any, chunk_size: int, model: str) -> bytes:
+    """The root of a request's chunk hashes."""
+    lora = getattr(request, "lora_request", None)
+    return root_hash(
+        chunk_size=chunk_size,
+        model=model,
+        lora=lora.lora_name if lora is not None else "",
+        cache_salt=getattr(request, "cache_salt", None) or "",
+    )
+
+
+def media_of(request: Any) -> tuple[Media, ...]:
+    """The media items among a request's prompt tokens."""
+    return tuple(
+        Media(feature.identifier, feature.mm_position.offset, feature.mm_position.length)
+        for feature in getattr(request, "mm_features", None) or ()
+    )
+
+
+def external_id(request_id: str) -> str:
+    """The id a client gave a request (``X-Request-Id``), from the engine's own id for it: without the endpoint's
+    prefix, the prompt's number and the random suffix, as far as they can be told apart."""
+    for pattern in (_COMPLETION_ID, _CHAT_ID, _RANDOM_SUFFIX):
+        if match := pattern.fullmatch(request_id):
+            return match["id"]
+    return request_id

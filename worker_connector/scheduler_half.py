@@ -1,0 +1,241 @@
+"""The half of the connector that runs beside the scheduler: ledger, planner, GPU tier and report server, wired up."""
+
+import logging
+import uuid
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from kv_protocol.hashing import HASH_BYTES
+from kv_protocol.identity import GroupGeometry, Identity
+from kv_protocol.messages import Hello, TierInfo, unpack
+from worker_connector.config import ConnectorConfig
+from worker_connector.errors import UnsupportedCache
+from worker_connector.eviction import POLICIES
+from worker_connector.geometry import Group, describe_groups
+from worker_connector.gpu_tier import GpuTier
+from worker_connector.ledger import CPU, GPU, Ledger
+from worker_connector.plan import StepPlan, WorkerReport
+from worker_connector.planner import Planner
+from worker_connector.regions import SlotLayout, group_regions
+from worker_connector.report_server import ReportServer, Timing
+from worker_connector.stats import Counts, Stats
+
+_log = logging.getLogger("vllm.warmroute.scheduler")
+
+
+class SchedulerHalf:
+    """One engine's (data-parallel rank's) part. ``vllm_config`` and ``cache`` are vLLM's VllmConfig and KVCacheConfig.
+
+    Raises:
+        ConfigurationError: the chunk size does not fit the engine's blocks.
+    """
+
+    def __init__(
+        self, config: ConnectorConfig, vllm_config: Any, cache: Any, *, may_load: bool, may_save: bool
+    ) -> None:
+        self.config = config
+        self.model = config.model_name or _served_name(vllm_config.model_config)
+        self.stats = Stats()
+        self.ledger = Ledger(POLICIES[config.eviction_policy]())
+        self._vllm_config = vllm_config
+        self._cache = cache
+        self._groups, self._layout = self._describe(may_store=may_load or may_save)
+        self._gpu: GpuTier | None = None
+        self._server: ReportServer | None = None
+        self._manager: Any = None
+        self.planner = Planner(
+            config,
+            self.ledger,
+            self._groups,
+            model=self.model,
+            ranks=vllm_config.parallel_config.world_size,
+            chunk_bytes=self._layout.payload_bytes if self._layout else 0,
+            may_load=may_load and self._layout is not None,
+            may_save=may_save and self._layout is not None,
+            stats=self.stats,
+            gpu_usage=self._gpu_usage,
+        )
+
+    def bind(self, manager: Any) -> None:
+        """Watch the engine's prefix cache. ``manager`` is vLLM's KVCacheManager, or its BlockPool."""
+        self._manager = manager
+        groups = self._cache.kv_cache_groups
+        self._gpu = GpuTier(
+            manager, groups, chunk_size=self.config.chunk_size, model=self.model, on_cleared=self.drain_and_publish
+        )
+
+    def start(self, slots: Iterable[int]) -> None:
+        """Size the CPU tier to what every rank has, and open the report port."""
+        self.ledger.set_capacity(min(slots, default=0))
+        self._start_server()
+
+    def plan_step(self, output: Any) -> StepPlan:
+        """The step's plan for the workers."""
+        if self._server is None:
+            self._start_server()
+        self._drain()
+        return self.planner.plan_step(output)
+
+    def absorb(self, report: WorkerReport | None, finished: Iterable[str]) -> None:
+        """What the workers did in a step."""
+        self._drain()
+        self.planner.absorb(report, finished)
+
+    def drain_and_publish(self) -> None:
+        """Tell readers of the GPU tier's changes now, whether or not a step follows."""
+        with self.ledger.lock:
+            self._drain()
+            self.planner.publish_changes()
+
+    def take_stats(self) -> Counts:
+        """Figures since the last call."""
+        if self._server is not None:
+            self.stats.set("report_readers", self._server.readers)
+            self.stats.bring("dropped_readers", self._server.dropped_readers)
+            self.stats.bring("relists", self._server.relists)
+        for tier, held in self.ledger.counts().items():
+            self.stats.set("held_chunks", held, tier)
+        return self.stats.take()
+
+    def close(self) -> None:
+        """Close the report port. Safe to call more than once."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        self.planner.publish = lambda _: None
+
+    def _describe(self, *, may_store: bool) -> tuple[tuple[Group, ...], SlotLayout | None]:
+        try:
+            groups = describe_groups(self._cache, self._vllm_config.parallel_config, self.config.chunk_size)
+            return groups, SlotLayout(group_regions(self._cache), [group.blocks_per_chunk for group in groups])
+        except UnsupportedCache as reason:
+            if may_store:
+                _log.warning("KV blocks of this model are not offloaded, the engine runs as without them: %s", reason)
+            return (), None
+
+    def _drain(self) -> None:
+        if self._gpu is not None:
+            self._gpu.drain(self.ledger)
+
+    def _gpu_usage(self) -> float:
+        pool = getattr(self._manager, "block_pool", self._manager)
+        return float(pool.get_usage()) if hasattr(pool, "get_usage") else 0.0
+
+    # ---- reports ------------------------------------------------------------------------------------------------
+
+    def _start_server(self) -> None:
+        config, rank = self.config, _data_parallel_rank(self._vllm_config)
+        server = ReportServer(
+            config.report_host,
+            config.report_port + rank if config.report_port else 0,
+            config.report_token,
+            self._hello(rank),
+            self.planner,
+            self._operations(),
+            ephemeral_if_busy=config.report_port_is_default,
+            timing=Timing(heartbeat=config.report_heartbeat_seconds, digest=config.report_digest_seconds),
+            queue_bytes=config.report_queue_bytes,
+            max_readers=config.report_max_readers,
+        )
+        self._server = server
+        server.start()
+        self.planner.publish = server.publish
+
+    def _hello(self, rank: int) -> Hello:
+        blocks = [group.block_size for group in self._groups] or [self._vllm_config.cache_config.block_size]
+        gpu_chunks = self._cache.num_blocks * min(blocks) // self.config.chunk_size
+        chunk_bytes = self._layout.payload_bytes if self._layout else 0
+        for tier, capacity in ((GPU, gpu_chunks), (CPU, self.ledger.capacity)):
+            self.stats.set("capacity_chunks", capacity, tier)
+        return Hello(
+            epoch=uuid.uuid4().hex,
+            model=self.model,
+            chunk_size=self.config.chunk_size,
+            block_size=min(blocks),
+            identity=self._identity(),
+            tiers=[TierInfo(GPU, gpu_chunks, chunk_bytes), TierInfo(CPU, self.ledger.capacity, chunk_bytes)],
+            data_parallel_rank=rank,
+            max_model_len=self._vllm_config.model_config.max_model_len,
+            version=_version(),
+        )
+
+    def _identity(self) -> Identity:
+        model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
+        groups = tuple(
+            GroupGeometry(
+                group.kind,
+                group.block_size,
+                self._layout.block_bytes(group.index) if self._layout else 0,
+                len(self._cache.kv_cache_groups[group.index].layer_names),
+            )
+            for group in self._groups
+        )
+        return Identity(
+            weights=f"{model.model}@{getattr(model, 'revision', None) or ''}",
+            kv_dtype=str(self._vllm_config.cache_config.cache_dtype),
+            layout=str(getattr(self._cache, "kv_cache_layout", None) or ""),
+            groups=groups,
+            tensor_parallel=parallel.tensor_parallel_size,
+            pipeline_parallel=parallel.pipeline_parallel_size,
+        )
+
+    def _operations(self) -> dict[str, Any]:
+        return {
+            "stats": lambda _: {"counts": self.stats.total(), "held_chunks": self.ledger.counts()},
+            "lookup": self._lookup,
+            "clear": self._clear,
+            "pin": lambda arguments: {"changed": self.ledger.keep(_chunks(arguments))},
+            "unpin": lambda arguments: {"changed": self.ledger.keep(_chunks(arguments), keep=False)},
+        }
+
+    def _lookup(self, arguments: dict[str, Any]) -> dict[str, list[str]]:
+        """Which tiers hold each chunk."""
+        with self.ledger.lock:
+            return {
+                chunk.hex(): [
+                    tier
+                    for tier, held in ((GPU, self.ledger.in_gpu(chunk)), (CPU, self.ledger.lookup(chunk) is not None))
+                    if held
+                ]
+                for chunk in _chunks(arguments)
+            }
+
+    def _clear(self, arguments: dict[str, Any]) -> dict[str, int]:
+        """Drop the chunks named, or all of them, from the tiers behind the GPU."""
+        with self.ledger.lock:
+            before = self.ledger.counts()[CPU]
+            if "chunks" in arguments:
+                for chunk in _chunks(arguments):
+                    self.ledger.forget(chunk)
+            else:
+                self.ledger.clear_cpu()
+            return {"removed": before - self.ledger.counts()[CPU]}
+
+
+def _chunks(arguments: dict[str, Any]) -> list[bytes]:
+    """The chunks a control request names: packed bytes, or a list of hex digests."""
+    given = arguments.get("chunks", b"")
+    chunks = unpack(given) if isinstance(given, bytes) else [bytes.fromhex(digest) for digest in given]
+    if any(len(chunk) != HASH_BYTES for chunk in chunks):
+        raise ValueError(f"a chunk is named by {HASH_BYTES} bytes, or {2 * HASH_BYTES} hex digits")
+    return chunks
+
+
+def _served_name(model_config: Any) -> str:
+    served = model_config.served_model_name
+    if isinstance(served, list | tuple):
+        served = served[0] if served else None
+    return str(served or model_config.model)
+
+
+def _data_parallel_rank(vllm_config: Any) -> int:
+    parallel = vllm_config.parallel_config
+    return int(getattr(parallel, "data_parallel_index", None) or getattr(parallel, "data_parallel_rank", 0) or 0)
+
+
+def _version() -> str:
+    try:
+        return version("warmroute")
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,68 @@
+"""The CPU tier's memory on one rank: fixed slots in one allocation, made once and never moved."""
+
+import logging
+import mmap
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from worker_connector.errors import ConfigurationError
+
+_log = logging.getLogger("vllm.warmroute.slab")
+
+
+class Slab:
+    """``slots`` times ``slot_bytes`` bytes of host memory, page-locked for a GPU where ``pin`` asks for it.
+
+    Memory is taken from the operating system page by page as slots are first written, unless it is page-locked, which
+    takes all of it at once.
+
+    Raises:
+        ConfigurationError: the machine does not have that much memory.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, *, pin: bool = False) -> None:
+        size = slots * slot_bytes
+        available = _available_memory()
+        if available is not None and size > available:
+            raise ConfigurationError(
+                f"the CPU tier needs {size >> 20} MiB on this rank, but only {available >> 20} MiB of memory are "
+                "available: lower cpu_bytes"
+            )
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.pinned = False
+        self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError, AttributeError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self.bytes: torch.Tensor | None = whole[:size]
+        self._address = whole.data_ptr()
+        if pin and size:
+            self._pin(size)
+
+    def close(self) -> None:
+        """Give the memory back. No transfer may be under way; views that others still hold keep it until they go."""
+        self.bytes = None
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+            self.pinned = False
+        with suppress(BufferError):
+            self._memory.close()
+
+    def _pin(self, size: int) -> None:
+        # torch's own pinned allocator rounds sizes up to a power of two, which wastes up to half of a large slab.
+        result = torch.cuda.cudart().cudaHostRegister(self._address, size, 0)
+        self.pinned = int(result) == 0
+        if not self.pinned:
+            _log.warning("The CPU tier's memory cannot be page-locked (CUDA error %d); transfers will be slow", result)
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) << 10 if "MemAvailable" in fields else None
