@@ -1,0 +1,32 @@
+"""Documentation is held against the code: what a user can set or read is described."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from router.config import Settings
+from worker_connector.config import SETTINGS
+from worker_connector.config_names import ALIASES
+from worker_connector.stats import FIGURES
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted({*SETTINGS, *ALIASES, *Settings.model_fields}))
+def test_every_setting_is_described(name: str) -> None:
+    assert f"`{name}" in CONFIGURATION
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
+def test_every_figure_of_the_connector_is_described(figure: object) -> None:
+    assert f"`warmroute_{figure.name}" in METRICS  # type: ignore[attr-defined]
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
