@@ -160,7 +160,7 @@ def test_publishing_costs_the_engine_microseconds(capsys: pytest.CaptureFixture[
         readers = [Reader(server) for _ in range(3)]
         for reader in readers:
             reader.until(SnapshotEnd)
-            reader._apply = lambda message: None  # type: ignore[method-assign]  # the same chunks again and again
+            reader._apply = lambda _: None  # type: ignore[method-assign]  # the same chunks again and again
         stop = threading.Event()
         threads = [threading.Thread(target=_drain, args=(reader, stop)) for reader in readers]
         for thread in threads:
