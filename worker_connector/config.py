@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from worker_connector.config_names import ABSENT, ALIASES, SECTIONS, asks
+from worker_connector.config_names import ABSENT, ALIASES, DEFAULT_CPU_RATIO, SECTIONS, asks
 from worker_connector.config_values import (
     boolean,
     choice,
@@ -28,8 +28,7 @@ from worker_connector.config_values import (
     text,
 )
 from worker_connector.errors import ConfigurationError
-
-EVICTION_POLICIES = ("lru",)
+from worker_connector.eviction import POLICIES
 
 _PREFIXES = ("warmroute.", "lmcache.")
 _LMCACHE_PROCESS_NAMES = frozenset({"config_file", "log_level", "use_experimental", "force_skip_save", "track_usage"})
@@ -78,6 +77,8 @@ class ConnectorConfig:
                 values.pop("cpu_bytes", None)
                 values.pop("cpu_ratio", None)
             values |= layer
+        if values.pop("local_device", None) and not values.keys() & {"cpu_bytes", "cpu_ratio"}:
+            values["cpu_ratio"] = DEFAULT_CPU_RATIO
         if values.get("cpu_ratio") is not None:
             values["cpu_bytes"] = None
         return cls(**values, report_port_is_default="report_port" not in values)
@@ -95,7 +96,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "enable_cpu": boolean,
     "cpu_bytes": size,
     "cpu_ratio": fraction,
-    "eviction_policy": choice(*EVICTION_POLICIES),
+    "eviction_policy": choice(*POLICIES),
     "min_load_tokens": non_negative,
     "load_or_compute": boolean,
     "model_name": text,
@@ -109,6 +110,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 SETTINGS = tuple(_PARSERS)
 """Every setting's native name."""
+
+_PARSERS["local_device"] = choice("cpu")  # not a setting of its own: asks for a CPU tier of the usual share
 
 
 def _sources(extra: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
