@@ -12,13 +12,6 @@ from typing import Any
 from router.chat_template import ContentFormat, Message
 from router.errors import InvalidRequest, Unrenderable
 
-_TEXT_PARTS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "refusal": "refusal",
-    "thinking": "thinking",
-}
 _MEDIA_KEYS = frozenset(
     """
     audio_embeds audio_url image_embeds image_pil image_url input_audio input_image prompt_embeds video_embeds video_url
@@ -31,8 +24,6 @@ _PART_KEYS = frozenset(
     refusal text thinking type uuid video_embeds video_url
     """.split()  # noqa: SIM905 - a table of names
 )
-# Keys every message type shares with vLLM's open one, for which it takes content parts of every kind.
-_OPEN_KEYS = frozenset({"role", "content", "name", "tool_call_id", "tool_calls", "reasoning", "tools", "task"})
 _NULLABLE_CONTENT = frozenset({"assistant", "function"})
 _BILLING_HEADER = "x-anthropic-billing-header"
 
@@ -78,12 +69,12 @@ def _content(message: Message, role: str, where: str, content_format: ContentFor
     if content is None:
         if "content" in message and (role not in _NULLABLE_CONTENT or message.get("tool_calls", ()) is None):
             raise Unrenderable(f"null content in a message with role {role!r}")
-        parts: list[Any] = []
+        parts: list[Message] = []
     elif isinstance(content, str):
         parts = [{"type": "text", "text": content}]
     elif isinstance(content, list):
         parts = content
-        _check_parts(parts, message, where)
+        _check_parts(parts, role, where)
     else:
         raise InvalidRequest(f"{where} must be a string or a list of parts, got {_kind(content)}", param=where)
     if role == "system":
@@ -91,57 +82,47 @@ def _content(message: Message, role: str, where: str, content_format: ContentFor
     if content_format == "string":
         return "\n".join(text for text in map(_part_text, parts) if text)
     wrapped = [_wrapped(part) for part in parts]
-    if role == "tool" and all(part["type"] == "text" for part in wrapped):
+    if role == "tool":
         return "\n".join(part["text"] for part in wrapped)
     return wrapped
 
 
-def _check_parts(parts: list[Any], message: Message, where: str) -> None:
-    plain = True
+def _check_parts(parts: list[Any], role: str, where: str) -> None:
+    """Only parts every version of the message types takes for this role; the worker may take others or refuse them."""
     for index, part in enumerate(parts):
         at = f"{where}[{index}]"
         if isinstance(part, str):
-            plain = False
-            continue
+            raise Unrenderable("a content part is a bare string, which only some messages may have")
         if not isinstance(part, dict):
             raise InvalidRequest(f"{at} must be an object with a type, got {_kind(part)}", param=at)
-        kind = part.get("type")
         if _MEDIA_KEYS & part.keys() or part.get("uuid") is not None:
             raise Unrenderable("a message holds media")
-        if not isinstance(kind, str) or (kind not in _TEXT_PARTS and kind != "tool_reference"):
-            raise Unrenderable("a message holds a content part that is not text")
-        _part_string(part, _TEXT_PARTS.get(kind, "name"), at)
-        if not isinstance(part.get("closed", False), bool):
-            raise Unrenderable(f"{at}.closed is not a boolean")
-        plain = plain and kind == "text"
-    if not plain and not message.keys() <= _OPEN_KEYS | {"reasoning_content"}:
-        raise Unrenderable("a message with content parts other than text has members of its own")
+        kind = part.get("type")
+        if kind != "text" and not (kind == "refusal" and role == "assistant"):
+            raise Unrenderable("a message holds a content part that is not plain text")
+        text = part.get(kind)
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequest(f"{at}.{kind} must be a string, got {_kind(text)}", param=f"{at}.{kind}")
+        _string(text, f"{at}.{kind}")
 
 
-def _without_billing_header(parts: list[Any]) -> list[Any]:
+def _without_billing_header(parts: list[Message]) -> list[Message]:
     """Drop the line Claude Code opens its system prompt with: it changes on every request."""
     kept = []
     for part in parts:
-        text = part if isinstance(part, str) else part.get("text") if part["type"] == "text" else None
-        if text is None or not text.startswith(_BILLING_HEADER):
+        if part["type"] != "text" or not part["text"].startswith(_BILLING_HEADER):
             kept.append(part)
-        elif rest := text.partition("\n")[2]:
-            kept.append(rest if isinstance(part, str) else {**part, "text": rest})
+        elif rest := part["text"].partition("\n")[2]:
+            kept.append({**part, "text": rest})
     return kept
 
 
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    text: str = part[_TEXT_PARTS.get(part["type"], "name")]
+def _part_text(part: Message) -> str:
+    text: str = part[part["type"]]
     return text
 
 
-def _wrapped(part: Any) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if part["type"] == "tool_reference":
-        return {"type": "tool_reference", "name": part["name"]}
+def _wrapped(part: Message) -> Message:
     extra = {key: value for key, value in part.items() if key not in _PART_KEYS}
     return {"type": "text", "text": _part_text(part), **extra}
 
@@ -244,13 +225,6 @@ def _optional(value: Any, kind: type, where: str) -> Any:
     if value is not None and not isinstance(value, kind):
         raise Unrenderable(f"{where} is of type {_kind(value)}")
     return value
-
-
-def _part_string(part: Message, key: str, where: str) -> None:
-    value = part.get(key)
-    if value is not None and not isinstance(value, str):
-        raise InvalidRequest(f"{where}.{key} must be a string, got {_kind(value)}", param=f"{where}.{key}")
-    _string(value, f"{where}.{key}")
 
 
 def _string(value: Any, where: str) -> str:

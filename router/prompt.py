@@ -195,7 +195,8 @@ class PromptBuilder:
         if keep is None:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if side is None:
-            return self.tokenizer.encode_truncated(text, keep, add_special_tokens=add_special_tokens)
+            # Cut again: the tokenizer leaves a text alone when there is no room for its special tokens.
+            return self._cut(self.tokenizer.encode_truncated(text, keep, add_special_tokens=add_special_tokens), body)
         longest = (self.max_model_len or 0) * self.tokenizer.max_chars_per_token
         if len(text) > longest:
             raise Unrenderable("truncation_side cuts the text itself, at a length that depends on the model's context")
