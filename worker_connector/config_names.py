@@ -18,9 +18,7 @@ def _cpu_gigabytes(value: Any) -> dict[str, Any]:
 
 
 def _local_device(value: Any) -> dict[str, Any]:
-    if str(value).lower() != "cpu":
-        raise ValueError("available here: cpu")
-    return {"enable_cpu": True}
+    return {"enable_cpu": True, "local_device": value}
 
 
 ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -73,7 +71,7 @@ class Absent(NamedTuple):
     with the switch named by ``unless`` set to false the name asks for nothing either."""
 
     reason: str
-    harmless: tuple[Any, ...] = (False, 0, "", "none")
+    harmless: tuple[Any, ...] = (False, 0, "", "none", "null")
     unless: str = ""
 
 
@@ -93,7 +91,7 @@ ABSENT: dict[str, Absent] = {
     "compression": Absent("available here: none"),
     "retrieval_mode": Absent("available here: exact", ("exact", "")),
     "cache_warmup": Absent("caches are not warmed up at start: leave it false"),
-    "async_write": Absent("saves are always asynchronous: leave it true", (True, "")),
+    "async_write": Absent("saves are always asynchronous: leave it true", (True, 1, "")),
     "enable_vision_cache": Absent("outputs of vision encoders are not cached: leave it false"),
     "conversation_mode": Absent("conversations get no treatment of their own: leave it false"),
     "save_decode_cache": Absent("generated tokens are not saved on their own: leave it false"),
@@ -120,7 +118,7 @@ def _is_harmless(value: Any, harmless: tuple[Any, ...]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     if str(value).lower() in ("no", "off", "yes", "on"):
         return boolean(value)
@@ -130,4 +128,4 @@ def _plain(value: Any) -> Any:
 def _is_on(value: Any, *, default: bool) -> bool:
     if value is None:
         return default
-    return not _is_harmless(value, (False, 0, "", "none"))
+    return not _is_harmless(value, (False, 0, "", "none", "null"))
