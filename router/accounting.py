@@ -16,7 +16,8 @@ from router.metrics import Metrics
 from router.workers import Worker
 
 # The engine's own dress around an external request id: its kind before it, prompt number and a random tail after it.
-_DRESSED = re.compile(r"(?:chatcmpl-|cmpl-)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?")
+_KIND = re.compile(r"^(?:chatcmpl|cmpl)-")
+_TAILS = (re.compile(r"-[0-9a-f]{8}$"), re.compile(r"-\d+$"), re.compile(r"-\d+-[0-9a-f]{8}$"))
 
 
 class Decision(msgspec.Struct, eq=False):
@@ -103,10 +104,9 @@ class Accounting:
             yield decision
 
     def _find(self, request_id: str) -> _Open | None:
-        entry = self._open.get(request_id)
-        if entry is None and (match := _DRESSED.fullmatch(request_id)):
-            entry = self._open.get(match[1])
-        return entry
+        bare = _KIND.sub("", request_id)
+        names = (request_id, bare, *(tail.sub("", bare) for tail in _TAILS))
+        return next((self._open[name] for name in names if name in self._open), None)
 
     def _judge(self, entry: _Open, actual: int) -> None:
         if entry.judged or not entry.tolerance:

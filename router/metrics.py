@@ -39,10 +39,10 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"warmroute_{name}", text, labels, registry=self._registry)
+        return Counter(f"warmroute_router_{name}", text, labels, registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"warmroute_{name}", text, labels, buckets=buckets, registry=self._registry)
+        return Histogram(f"warmroute_router_{name}", text, labels, buckets=buckets, registry=self._registry)
 
 
 class _State(Collector):
@@ -80,7 +80,7 @@ class _State(Collector):
             "worker_index_synced": ("Whether the worker's cache is fully known", lambda w: w.synced),
         }
         for name, (text, value) in gauges.items():
-            family = GaugeMetricFamily(f"warmroute_{name}", text, labels=("worker",))
+            family = GaugeMetricFamily(f"warmroute_router_{name}", text, labels=("worker",))
             for worker in self._workers.workers:
                 family.add_metric((worker.name,), value(worker))
             yield family
@@ -89,21 +89,21 @@ class _State(Collector):
         yield self._counted("worker_epochs", "Worker processes seen", lambda w: w.epochs)
 
     def _counted(self, name: str, text: str, value: Callable[[Worker], float]) -> Metric:
-        family = CounterMetricFamily(f"warmroute_{name}", text, labels=("worker",))
+        family = CounterMetricFamily(f"warmroute_router_{name}", text, labels=("worker",))
         for worker in self._workers.workers:
             family.add_metric((worker.name,), value(worker))
         return family
 
     def _sources(self) -> Metric:
         text = "Where knowledge of the worker's cache comes from"
-        family = GaugeMetricFamily("warmroute_worker_cache_source", text, labels=("worker", "source"))
+        family = GaugeMetricFamily("warmroute_router_worker_cache_source", text, labels=("worker", "source"))
         for worker in self._workers.workers:
             family.add_metric((worker.name, worker.source), 1)
         return family
 
     def _chunks(self) -> Metric:
         text = "Chunks the worker holds by tier"
-        family = GaugeMetricFamily("warmroute_worker_chunks", text, labels=("worker", "tier"))
+        family = GaugeMetricFamily("warmroute_router_worker_chunks", text, labels=("worker", "tier"))
         for worker in self._workers.workers:
             for tier, count in self._index.sizes(worker.name).items():
                 family.add_metric((worker.name, tier), count)
@@ -111,7 +111,7 @@ class _State(Collector):
 
     def _relists(self) -> Metric:
         text = "Times the worker's cache was listed again"
-        family = CounterMetricFamily("warmroute_worker_relists", text, labels=("worker", "cause"))
+        family = CounterMetricFamily("warmroute_router_worker_relists", text, labels=("worker", "cause"))
         for worker in self._workers.workers:
             for cause, count in worker.relists.items():
                 family.add_metric((worker.name, cause), count)
@@ -119,7 +119,7 @@ class _State(Collector):
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"warmroute_{name}", text, value=value)
+    return GaugeMetricFamily(f"warmroute_router_{name}", text, value=value)
 
 
 def forget(metrics: Metrics, worker: Worker) -> None:

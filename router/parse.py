@@ -120,7 +120,7 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     given = next((value for name, value in headers if name == b"x-request-id"), None)
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
-    return f"{_OWN_PREFIX}-{next(_OWN_IDS):x}"
+    return f"{_OWN_PREFIX}{next(_OWN_IDS):08x}"
 
 
 def forwarded_headers(headers: list[tuple[bytes, bytes]], *, most: int, most_bytes: int) -> list[tuple[bytes, bytes]]:

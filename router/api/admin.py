@@ -56,7 +56,9 @@ def make_admin(gateway: "Gateway") -> APIRouter:
         return describe(found)
 
     @router.get("/index")
-    async def index() -> Any:
+    async def index(worker: str | None = None) -> Any:
+        if worker is not None:
+            return describe_contents(gateway, _find(gateway, worker))
         return describe_index(gateway)
 
     @router.post("/route")
@@ -84,7 +86,7 @@ def describe(worker: Worker) -> dict[str, Any]:
     return {
         "name": worker.name,
         "url": worker.spec.url,
-        "up": worker.up,
+        "healthy": worker.up,
         "down_reason": worker.down_reason,
         "draining": worker.draining,
         "breaker": worker.breaker.state,
@@ -134,6 +136,17 @@ def describe_index(gateway: "Gateway") -> dict[str, Any]:
         model: {"by": prompts.by, "why_not_router": prompts.why_not} for model, prompts in gateway.prompts.items()
     }
     return {"entries": len(gateway.index), "workers": workers, "tokenization": tokenization}
+
+
+def describe_contents(gateway: "Gateway", worker: Worker) -> dict[str, Any]:
+    """The chunks a worker is believed to hold, by tier, as sorted hexadecimal hashes. O(entries)."""
+    held = gateway.index.contents(worker.name)
+    tiers = [tier.name for tier in worker.hello.tiers] if worker.hello else []
+    return {
+        "worker": worker.name,
+        "synced": worker.synced,
+        "contents": {tier: sorted(chunk.hex() for chunk in held.get(tier, ())) for tier in tiers},
+    }
 
 
 def explanation(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> dict[str, Any]:

@@ -7,9 +7,11 @@ token per byte of the prompt, so that hashes can be computed by hand.
 import asyncio
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
+
+import httpx
 
 from kv_protocol.digests import RunningDigest
 from kv_protocol.hashing import chunk_hashes, root_hash
@@ -34,6 +36,9 @@ from kv_protocol.messages import (
     encode,
     pack,
 )
+from router.app import Gateway, create_app
+from router.config import load
+from router.server import make_server
 
 CHUNK = 16
 _REQUEST_LINE = re.compile(rb"([A-Z]+) (\S+) HTTP/1.1\r\n")
@@ -165,7 +170,7 @@ class SimulatedWorker:
                             self._hello(writer, watch=message.watch)
                         case Call() if opening is not None:
                             writer.write(encode(Reply(message.id, {"operation": message.operation})))
-        except ConnectionError:
+        except (ConnectionError, asyncio.CancelledError):
             pass
         finally:
             self.readers.discard(writer)
@@ -214,7 +219,7 @@ class SimulatedWorker:
         try:
             while await self._exchange(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.transport.abort()
@@ -231,7 +236,7 @@ class SimulatedWorker:
         path = line[2].decode()
         self.requests.append((path, headers, body))
         if line[1] == b"POST" and path.startswith(("/v1/chat", "/v1/completions")):
-            return await self._watch_client(reader, self._answer(writer, path, headers, body))
+            return await self._watch_client(reader, self._answer(writer, headers, body))
         self._json(writer, *self._control(path, body))
         return True
 
@@ -241,10 +246,10 @@ class SimulatedWorker:
         hangup = asyncio.create_task(reader.read(1))
         try:
             await asyncio.wait((answer, hangup), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                self.aborted += 1
-                return False
-            return await answer
+            if answer.done() and (answer.exception() is None or self.die_after is not None):
+                return await answer
+            self.aborted += 1
+            return False
         finally:
             answer.cancel()
             hangup.cancel()
@@ -265,7 +270,7 @@ class SimulatedWorker:
                 return 200, {"tokens": tokens, "count": len(tokens), "max_model_len": self.max_model_len}
         return 404, {"error": {"message": "not found", "type": "NotFound", "code": 404}}
 
-    async def _answer(self, writer: asyncio.StreamWriter, path: str, headers: dict[str, str], raw: bytes) -> bool:
+    async def _answer(self, writer: asyncio.StreamWriter, headers: dict[str, str], raw: bytes) -> bool:
         body = json.loads(raw)
         if self.fail_next or self.status != 200:
             self.fail_next = max(0, self.fail_next - 1)
@@ -350,5 +355,75 @@ def prompt_tokens(body: dict[str, Any]) -> list[int]:
     return list("".join(str(message.get("content") or "") for message in body["messages"]).encode())
 
 
-def tally(decisions: Iterable[str]) -> Counter[str]:
-    return Counter(decisions)
+class RunningGateway:
+    """A gateway serving on this event loop, and a client for it."""
+
+    def __init__(self, gateway: Gateway, port: int, client: httpx.AsyncClient) -> None:
+        self.gateway = gateway
+        self.port = port
+        self.client = client
+
+    async def chat(self, text: str, **members: Any) -> httpx.Response:
+        return await self.client.post("/v1/chat/completions", json=chat_body(text, **members))
+
+    async def get(self, path: str, **parameters: Any) -> Any:
+        response = await self.client.get(path, params=parameters)
+        return response.raise_for_status().json()
+
+    async def worker(self, name: str) -> dict[str, Any]:
+        workers = (await self.get("/admin/workers"))["workers"]
+        return next(dict(item) for item in workers if item["name"] == name)
+
+    async def metric(self, line: str) -> float:
+        """The value of the series written as ``line``."""
+        text = (await self.client.get("/metrics")).text
+        return next((float(row.rpartition(" ")[2]) for row in text.splitlines() if row.startswith(line + " ")), 0.0)
+
+
+def chat_body(text: str, **members: Any) -> dict[str, Any]:
+    return {"model": "simulated", "messages": [{"role": "user", "content": text}], **members}
+
+
+@asynccontextmanager
+async def running_gateway(*workers: SimulatedWorker, **settings: Any) -> AsyncIterator[RunningGateway]:
+    """Serve with these workers, named a, b, …; they are killed at the end."""
+    names = [chr(ord("a") + number) for number in range(len(workers))]
+    specs = [worker.spec(name) for worker, name in zip(workers, names, strict=True)]
+    quick = {"health_interval": 0.1, "report_heartbeat": 0.2, "seed": 1, "drain_timeout": 1}
+    server = make_server(
+        app := create_app(load({"workers": specs, "port": 0, **quick, **settings}, {})), app.gateway.settings
+    )
+    serving = asyncio.create_task(server.serve())
+    try:
+        await until(lambda: server.started or serving.done())
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15) as client:
+            watched = [w for w in app.gateway.registry.workers if w.spec.report_address is not None and w.up]
+            await until(lambda: all(worker.synced for worker in watched))
+            yield RunningGateway(app.gateway, port, client)
+    finally:
+        server.should_exit = True
+        await serving
+        for worker in workers:
+            await worker.kill()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Wait for something to come true."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - conditions are plain state, nobody signals them
+            await asyncio.sleep(0.005)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a test's coroutine; anything left over is an error."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await work
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await asyncio.gather(*left, return_exceptions=True)
+
+    asyncio.run(bounded())

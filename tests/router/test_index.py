@@ -1,0 +1,224 @@
+import random
+from hashlib import sha256
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_protocol.digests import RunningDigest, SetDigest
+from kv_protocol.messages import TIERS
+from router.index import Hit, Index
+
+
+def chunk(number: int) -> bytes:
+    return sha256(number.to_bytes(8, "little")).digest()[:16]
+
+
+def chunks(count: int, start: int = 0) -> list[bytes]:
+    return [chunk(number) for number in range(start, start + count)]
+
+
+def filled(**workers: dict[str, list[bytes]]) -> Index:
+    index = Index()
+    for worker, tiers in workers.items():
+        index.open(worker)
+        for tier, held in tiers.items():
+            index.stored(worker, tier, held)
+    index.check()
+    return index
+
+
+def digests_of(content: dict[str, set[bytes]]) -> dict[str, SetDigest]:
+    digests = {}
+    for tier, held in content.items():
+        running = RunningDigest()
+        for item in held:
+            running.add(item)
+        digests[tier] = running.take()
+    return digests
+
+
+def hit_by_definition(held: dict[str, set[bytes]], prompt: list[bytes]) -> Hit:
+    gpu = 0
+    while gpu < len(prompt) and prompt[gpu] in held["gpu"]:
+        gpu += 1
+    total = gpu
+    while total < len(prompt) and any(prompt[total] in held[tier] for tier in TIERS[1:]):
+        total += 1
+    return Hit(gpu, total)
+
+
+def test_a_hit_is_the_gpu_run_continued_behind_it() -> None:
+    prompt = chunks(6)
+    index = filled(
+        whole={"gpu": prompt},
+        continued={"gpu": prompt[:2], "cpu": prompt[2:4]},
+        gap={"gpu": prompt[:2], "cpu": prompt[3:]},
+        behind={"cpu": prompt[:3], "disk": prompt[3:5]},
+        back={"gpu": [prompt[0], prompt[2]], "cpu": [prompt[1]]},
+        nothing={},
+    )
+    hits = index.lookup(prompt, ["whole", "continued", "gap", "behind", "back", "nothing", "stranger"])
+    assert hits == {
+        "whole": Hit(6, 6),
+        "continued": Hit(2, 4),
+        "gap": Hit(2, 2),
+        "behind": Hit(0, 5),
+        "back": Hit(1, 2),
+        "nothing": Hit(0, 0),
+        "stranger": Hit(0, 0),
+    }
+    assert index.tiers("behind", prompt) == {"gpu": 0, "cpu": 3, "disk": 2, "remote": 0}
+    assert index.tiers("continued", prompt) == {"gpu": 2, "cpu": 2, "disk": 0, "remote": 0}
+
+
+def test_nobody_is_asked_about() -> None:
+    assert filled(a={"gpu": chunks(3)}).lookup(chunks(3), []) == {}
+    assert filled(a={"gpu": chunks(3)}).lookup([], ["a"]) == {"a": Hit(0, 0)}
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(TIERS), st.sets(st.integers(0, 11))), min_size=1, max_size=5))
+def test_lookup_equals_its_definition(holdings: list[dict[str, set[int]]]) -> None:
+    prompt = chunks(12)
+    held = [{tier: {chunk(n) for n in numbers.get(tier, ())} for tier in TIERS} for numbers in holdings]
+    index = Index()
+    for number, content in enumerate(held):
+        index.open(str(number))
+        for tier in TIERS:
+            index.stored(str(number), tier, content[tier])
+    hits = index.lookup(prompt, [str(number) for number in range(len(held))])
+    assert hits == {str(number): hit_by_definition(content, prompt) for number, content in enumerate(held)}
+
+
+def test_dropping_takes_effect_at_once_and_is_swept_in_steps() -> None:
+    index = filled(a={"gpu": chunks(500), "cpu": chunks(300)}, b={"gpu": chunks(500)})
+    index.drop("a")
+    assert index.lookup(chunks(500), ["a", "b"]) == {"a": Hit(0, 0), "b": Hit(500, 500)}
+    index.check()
+    steps = 0
+    while index.sweep(100):
+        index.check()
+        steps += 1
+    assert steps >= 5
+    index.drop("b")
+    while index.sweep(100):
+        pass
+    assert len(index) == 0
+    index.check()
+
+
+def test_a_returning_worker_does_not_inherit_its_past() -> None:
+    index = filled(a={"gpu": chunks(100)})
+    index.drop("a")
+    index.sweep(10)
+    index.open("a")
+    assert index.lookup(chunks(100), ["a"]) == {"a": Hit(0, 0)}
+    index.stored("a", "gpu", chunks(3))
+    while index.sweep(7):
+        index.check()
+    assert index.lookup(chunks(100), ["a"]) == {"a": Hit(3, 3)}
+    index.check()
+
+
+def test_clearing_a_tier_hides_it_before_it_is_swept() -> None:
+    index = filled(a={"gpu": chunks(100), "cpu": chunks(50)})
+    index.cleared("a", "gpu")
+    assert index.lookup(chunks(100), ["a"]) == {"a": Hit(0, 50)}
+    assert index.sizes("a") == {"gpu": 0, "cpu": 50, "disk": 0, "remote": 0}
+    index.stored("a", "gpu", chunks(2))
+    assert index.lookup(chunks(100), ["a"]) == {"a": Hit(2, 50)}
+    index.check()
+
+
+def test_slots_are_used_again() -> None:
+    index = Index()
+    for _ in range(50):
+        index.open("a")
+        index.stored("a", "gpu", chunks(10))
+        index.drop("a")
+        while index.sweep(1000):
+            pass
+    assert index._slot_count == 1
+    assert len(index) == 0
+
+
+def test_opening_twice_is_refused() -> None:
+    index = filled(a={})
+    with pytest.raises(ValueError, match="in the index already"):
+        index.open("a")
+
+
+def test_what_is_known_already_changes_nothing() -> None:
+    index = filled(a={"gpu": chunks(3)})
+    index.stored("a", "gpu", chunks(3))
+    index.removed("a", "gpu", chunks(2, start=50))
+    index.check()
+    assert index.sizes("a")["gpu"] == 3
+
+
+def test_digests_agree_with_the_worker() -> None:
+    content = {"gpu": set(chunks(200)), "cpu": set(chunks(80, 150))}
+    index = filled(a={tier: list(held) for tier, held in content.items()})
+    assert index.verify("a", digests_of(content), 1000) == []
+    content["cpu"].pop()
+    assert index.verify("a", digests_of(content), 0) == ["cpu"]
+    assert index.verify("a", {"gpu": digests_of(content)["gpu"]}, 0) == ["cpu"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "lost", "invented"])
+def test_damage_to_the_contents_is_found_within_one_round_of_partitions(damage: str) -> None:
+    content = {"gpu": set(chunks(1000))}
+    index = filled(a={"gpu": list(content["gpu"])}, b={"gpu": chunks(1000, 5000)})
+    victim = chunk(7)
+    part = index._parts[victim[0] >> 4]
+    if damage == "flipped":
+        part[victim] ^= 1 << (index._slots["a"] * 4)
+    elif damage == "lost":
+        del part[victim]
+    else:
+        part[bytes([victim[0]]) + bytes(15)] = 1 << (index._slots["a"] * 4)
+    with pytest.raises(AssertionError):
+        index.check()
+    found = [index.verify("a", digests_of(content), 130) for _ in range(16)]
+    assert ["gpu"] in found
+    assert found.count([]) > 0, "the budget must have kept it from counting everything each time"
+
+
+def test_random_histories_keep_every_invariant() -> None:
+    for seed in range(12):
+        _random_history(random.Random(seed))
+
+
+def _random_history(rng: random.Random) -> None:
+    index = Index()
+    ledger: dict[str, dict[str, set[bytes]]] = {}
+    pool = chunks(60)
+    for _ in range(250):
+        worker = rng.choice("abcd")
+        tier = rng.choice(TIERS)
+        some = rng.sample(pool, rng.randint(1, 20))
+        if worker not in ledger:
+            index.open(worker)
+            ledger[worker] = {name: set() for name in TIERS}
+        action = rng.choices(["store", "remove", "clear", "drop", "sweep"], [8, 5, 1, 1, 4])[0]
+        if action == "store":
+            index.stored(worker, tier, some)
+            ledger[worker][tier].update(some)
+        elif action == "remove":
+            index.removed(worker, tier, some)
+            ledger[worker][tier].difference_update(some)
+        elif action == "clear":
+            index.cleared(worker, tier)
+            ledger[worker][tier].clear()
+        elif action == "drop":
+            index.drop(worker)
+            del ledger[worker]
+        else:
+            index.sweep(rng.randint(1, 40))
+        index.check()
+        prompt = rng.sample(pool, 10)
+        expected = {name: hit_by_definition(held, prompt) for name, held in ledger.items()}
+        assert index.lookup(prompt, list(ledger)) == expected
+    for name, held in ledger.items():
+        assert index.contents(name) == held
+        assert index.verify(name, digests_of(held), 10_000) == []
