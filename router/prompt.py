@@ -97,9 +97,11 @@ class PromptBuilder:
         text = self.render(body)
         return self._tokens(text, body, add_special_tokens=_flag(body, "add_special_tokens", default=False))
 
-    async def chat_async(self, body: dict[str, Any]) -> list[int]:
-        """Like ``chat``; long conversations are built in a thread."""
-        if self._is_quick(_chat_length(body)):
+    async def chat_async(self, body: dict[str, Any], size: int | None = None) -> list[int]:
+        """Like ``chat``; long conversations are built in a thread. ``size``, where known, is the raw body's in bytes
+        and tells long from short; otherwise the messages' text does.
+        """
+        if self._is_quick(_chat_length(body) if size is None else size):
             return self.chat(body)
         return await asyncio.to_thread(self.chat, body)
 
@@ -149,9 +151,9 @@ class PromptBuilder:
             prompts.append(ids)
         return prompts
 
-    async def completion_async(self, body: dict[str, Any]) -> list[list[int]]:
-        """Like ``completion``; long prompts are built in a thread."""
-        if self._is_quick(_prompt_length(body.get("prompt"))):
+    async def completion_async(self, body: dict[str, Any], size: int | None = None) -> list[list[int]]:
+        """Like ``completion``; long prompts are built in a thread. ``size`` is as for ``chat_async``."""
+        if self._is_quick(_text_length(body.get("prompt")) if size is None else size):
             return self.completion(body)
         return await asyncio.to_thread(self.completion, body)
 
@@ -367,10 +369,10 @@ def _chat_length(body: Mapping[str, Any]) -> int:
 
 
 def _text_length(content: Any) -> int:
-    if isinstance(content, list):
-        return sum(len(part.get("text") or "") for part in content if isinstance(part, dict))
-    return len(content) if isinstance(content, str) else 0
-
-
-def _prompt_length(prompt: Any) -> int:
-    return sum(len(item) for item in prompt if isinstance(item, str)) if isinstance(prompt, list) else len(prompt or "")
+    """Characters in a string, or in the strings and text parts of a list; whatever else it holds counts nothing."""
+    if isinstance(content, str):
+        return len(content)
+    texts = (
+        (item.get("text") if isinstance(item, dict) else item for item in content) if isinstance(content, list) else ()
+    )
+    return sum(len(text) for text in texts if isinstance(text, str))

@@ -495,9 +495,8 @@ def random_chat(rng: random.Random) -> dict[str, Any]:
 
 def _alternating(rng: random.Random) -> list[dict[str, Any]]:
     messages = [{"role": "system", "content": _random_content(rng)}] if rng.random() < 0.4 else []
-    for index in range(rng.randrange(1, 6)):
-        messages.append(_random_message(rng, "assistant" if index % 2 else "user"))
-    return messages
+    turns = rng.randrange(1, 6)
+    return messages + [_random_message(rng, "assistant" if index % 2 else "user") for index in range(turns)]
 
 
 def _random_message(rng: random.Random, role: str | None = None) -> dict[str, Any]:
@@ -568,9 +567,8 @@ def _random_call(rng: random.Random) -> dict[str, Any]:
 
 def _random_tool(rng: random.Random) -> dict[str, Any]:
     function: dict[str, Any] = {"parameters": {"type": "object", "x": random_value(rng)}, "name": random_text(rng, 3)}
-    for key, value in (("description", random_text(rng)), ("strict", True), ("extra", 1), ("defer_loading", False)):
-        if rng.random() < 0.4:
-            function[key] = value
+    optional = (("description", random_text(rng)), ("strict", True), ("extra", 1), ("defer_loading", False))
+    function |= {key: value for key, value in optional if rng.random() < 0.4}
     tool: dict[str, Any] = {"function": function, "type": "function"}
     if rng.random() < 0.2:
         tool |= {"defer_loading": True, "cache_control": {}}

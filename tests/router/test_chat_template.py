@@ -38,7 +38,8 @@ FORMATS = [
 ]
 
 
-def test_content_format_is_the_one_vllm_detects(vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_content_format_is_the_one_vllm_detects() -> None:
     from vllm.renderers.hf import _detect_content_format
 
     found = {source: ChatTemplate(source, {}).content_format for source in FORMATS}

@@ -39,7 +39,8 @@ def echoing(builder: PromptBuilder, spoil: Callable[[list[int]], list[int]] = la
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_workers_own_code_agrees(name: str, kinds: dict[str, Path], tmp_path: Path, vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_the_workers_own_code_agrees(name: str, kinds: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "model"  # of its own: vLLM remembers content formats by path
     shutil.copytree(kinds["bytes-split"], path)
     (path / "chat_template.jinja").write_text(TEMPLATES[name], encoding="utf-8")

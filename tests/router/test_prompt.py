@@ -53,7 +53,8 @@ def outcome(call: Any, body: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_random_chats_equal_vllm(name: str, kinds: dict[str, Path], tmp_path: Path, vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_random_chats_equal_vllm(name: str, kinds: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = {"gemma": "gemma", "llama": "bytes-split", "mistral": "metaspace"}.get(name, "bytes")
     path = with_template(kinds[tokenizer], tmp_path / "m", TEMPLATES[name])
     ours, theirs, seen = PromptBuilder.load(path), Reference(path), Counter[str]()
@@ -71,7 +72,8 @@ def test_random_chats_equal_vllm(name: str, kinds: dict[str, Path], tmp_path: Pa
     assert seen["left"] < 60
 
 
-def test_random_completions_equal_vllm(kinds: dict[str, Path], vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_random_completions_equal_vllm(kinds: dict[str, Path]) -> None:
     rng = random.Random(1)
     for name in ("bytes-split", "wordpiece", "unigram"):
         limit = 60
@@ -99,13 +101,12 @@ def random_completion(rng: random.Random) -> dict[str, Any]:
         body["max_tokens"] = rng.choice([0, 5])
         if rng.random() < 0.5:
             body["truncation_side"] = rng.choice(["left", "right", None])
-    for key, value in (("suffix", "x"), ("echo", True), ("add_special_tokens", False)):
-        if rng.random() < 0.15:
-            body[key] = value
-    return body
+    flags = (("suffix", "x"), ("echo", True), ("add_special_tokens", False))
+    return body | {key: value for key, value in flags if rng.random() < 0.15}
 
 
-def test_truncated_chats_equal_vllm(kinds: dict[str, Path], vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_truncated_chats_equal_vllm(kinds: dict[str, Path]) -> None:
     ours, theirs = PromptBuilder.load(kinds["bytes"], max_model_len=500), Reference(kinds["bytes"], max_model_len=500)
     for keep in (-1, 1, 7, 499):
         for side in (None, "left", "right"):
@@ -116,7 +117,8 @@ def test_truncated_chats_equal_vllm(kinds: dict[str, Path], vllm: None) -> None:
                 assert ours.chat(body) == theirs.chat(body), body
 
 
-def test_named_templates_and_the_workers_template_flag(kinds: dict[str, Path], tmp_path: Path, vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_named_templates_and_the_workers_template_flag(kinds: dict[str, Path], tmp_path: Path) -> None:
     path = with_template(kinds["bytes"], tmp_path / "m", "default {{ messages[0].content }}")
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ tools | tojson }}")
@@ -167,7 +169,8 @@ def test_models_that_vllm_encodes_itself_are_left_to_it(kinds: dict[str, Path], 
             PromptBuilder.load(path).chat({"messages": [USER]})
 
 
-def test_known_part_members_are_vllms(vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_known_part_members_are_vllms() -> None:
     from vllm.renderers import chat_utils
 
     assert conversation._PART_KEYS == chat_utils._KNOWN_CONTENT_PART_FIELDS
@@ -183,43 +186,53 @@ def test_the_body_is_not_changed(builder: PromptBuilder) -> None:
         assert repr(body) == repr(before)
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({}, "messages"),
-        ({"messages": "hi"}, "messages"),
-        ({"messages": []}, "messages"),
-        ({"messages": [USER, 5]}, "messages[1]"),
-        ({"messages": [{"content": "x"}]}, "messages[0].role"),
-        ({"messages": [USER, USER, {"role": "user", "content": 5}]}, "messages[2].content"),
-        ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [7]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages[0].tool_calls"),
-        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
-        ({"messages": [USER], "tools": {}}, "tools"),
-        ({"messages": [USER], "tools": []}, "tools"),
-        ({"messages": [USER], "tools": [1]}, "tools[0]"),
-        ({"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs"),
-        ({"messages": [USER], "documents": "x"}, "documents"),
-        ({"messages": [USER], "documents": [{"a": 1}]}, "documents"),
-        ({"messages": [USER], "add_generation_prompt": []}, "add_generation_prompt"),
-        (
-            {"messages": [USER], "add_generation_prompt": True, "continue_final_message": True},
-            "continue_final_message",
-        ),
-        ({"messages": [USER], "truncation_side": "top"}, "truncation_side"),
-        (
-            {"messages": [USER], "kv_transfer_params": {"prompt_token_ids": [1, -1]}},
-            "kv_transfer_params.prompt_token_ids",
-        ),
-    ],
-)
-def test_wrong_types_name_the_field(builder: PromptBuilder, body: dict[str, Any], param: str, vllm: None) -> None:
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": [USER, 5]}, "messages[1]"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [USER, USER, {"role": "user", "content": 5}]}, "messages[2].content"),
+    ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [7]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
+    ({"messages": [USER], "tools": {}}, "tools"),
+    ({"messages": [USER], "tools": []}, "tools"),
+    ({"messages": [USER], "tools": [1]}, "tools[0]"),
+    ({"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs"),
+    ({"messages": [USER], "documents": "x"}, "documents"),
+    ({"messages": [USER], "documents": [{"a": 1}]}, "documents"),
+    ({"messages": [USER], "add_generation_prompt": []}, "add_generation_prompt"),
+    (
+        {"messages": [USER], "add_generation_prompt": True, "continue_final_message": True},
+        "continue_final_message",
+    ),
+    ({"messages": [USER], "truncation_side": "top"}, "truncation_side"),
+    (
+        {"messages": [USER], "kv_transfer_params": {"prompt_token_ids": [1, -1]}},
+        "kv_transfer_params.prompt_token_ids",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), WRONG)
+def test_wrong_types_name_the_field(builder: PromptBuilder, body: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         builder.chat(body)
     assert caught.value.param == param
     assert param in str(caught.value)
+    with pytest.raises(InvalidRequest):
+        asyncio.run(builder.chat_async(body))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_what_is_refused_here_vllm_refuses_too(kinds: dict[str, Path]) -> None:
+    theirs = Reference(kinds["bytes"])
+    for body, _ in WRONG:
+        if "kv_transfer_params" not in body:
+            assert outcome(theirs.chat, body) is Refused, body
 
 
 @pytest.mark.parametrize(
@@ -235,7 +248,7 @@ def test_wrong_types_name_the_field(builder: PromptBuilder, body: dict[str, Any]
 )
 def test_wrong_prompts_name_the_field(builder: PromptBuilder, prompt: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        builder.completion({"prompt": prompt})
+        asyncio.run(builder.completion_async({"prompt": prompt}))
     assert caught.value.param == param
 
 
@@ -276,10 +289,9 @@ def test_ids_the_client_sends_are_kept(builder: PromptBuilder) -> None:
 
 def test_long_prompts_are_built_in_a_thread(kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = PromptBuilder.load(kinds["unigram"])
-    where: list[bool] = []
+    main, where = threading.main_thread(), list[bool]()
     for name in ("chat", "completion"):
         call = getattr(ours, name)
-        main = threading.main_thread()
         monkeypatch.setattr(
             ours, name, lambda body, call=call: where.append(threading.current_thread() is main) or call(body)
         )
@@ -289,6 +301,9 @@ def test_long_prompts_are_built_in_a_thread(kinds: dict[str, Path], monkeypatch:
         assert asyncio.run(ours.chat_async(chat)) == ours.chat(chat)
         assert asyncio.run(ours.completion_async({"prompt": [text]})) == ours.completion({"prompt": [text]})
     assert where == [True] * 4 + [False, True] * 2
+    asyncio.run(ours.chat_async({"messages": [USER]}, size=1_000_000))
+    asyncio.run(ours.completion_async({"prompt": "x"}, size=1_000_000))
+    assert where[-2:] == [False, False]
 
 
 JSON = st.recursive(

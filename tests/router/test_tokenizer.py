@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Engine
 
 from router import tokenizer as tokenizer_module
+from router import tokenizer_files
 from router.errors import ConfigError, Unrenderable
 from router.tokenizer import Tokenizer
 from router.tokenizer_files import TokenizerFiles, find_directory
@@ -24,7 +25,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
-def test_ids_and_template_variables_equal_the_workers(kinds: dict[str, Path], vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_ids_and_template_variables_equal_the_workers(kinds: dict[str, Path]) -> None:
     for name, path in kinds.items():
         ours, theirs = Tokenizer.load(path), Reference(path).tokenizer
         assert ours.special_tokens == theirs.special_tokens_map, name
@@ -36,7 +38,8 @@ def test_ids_and_template_variables_equal_the_workers(kinds: dict[str, Path], vl
             assert ours.encode(text, add_special_tokens=special) == expected, (name, text)
 
 
-def test_truncation_equals_the_workers(kinds: dict[str, Path], vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_truncation_equals_the_workers(kinds: dict[str, Path]) -> None:
     rng = random.Random(3)
     for name in ("bytes", "bytes-split", "gemma", "wordpiece"):
         ours, theirs = Tokenizer.load(kinds[name]), Reference(kinds[name]).tokenizer
@@ -173,7 +176,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_chat_templates_are_found_where_transformers_looks(tmp_path: Path, vllm: None) -> None:
+@pytest.mark.usefixtures("vllm")
+def test_chat_templates_are_found_where_transformers_looks(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     engine = Engine.from_str(
@@ -203,3 +207,20 @@ def test_the_cache_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere") + os.sep)
     with pytest.raises(ConfigError, match="elsewhere"):
         find_directory("a/b")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_class_tables_are_those_of_the_installed_library() -> None:
+    from transformers.models.auto.tokenization_auto import (
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS as OVERRULED,
+    )
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES as CLASSES
+    from vllm.tokenizers.registry import _MODEL_TYPES_WITH_INCORRECT_TOKENIZER_CLASS as BY_VLLM
+
+    plain = {"TokenizersBackend", "MistralCommonBackend"}
+    listed = tokenizer_files._PLAIN_MODEL_TYPES - BY_VLLM
+    assert {name for name in listed if CLASSES.get(name) not in plain} == set()
+    rebuilding = tokenizer_files._REBUILDING_CLASSES
+    forced = {name: CLASSES[name] for name in OVERRULED if CLASSES.get(name) in rebuilding}
+    assert forced == tokenizer_files._FORCED_CLASSES
+    assert BY_VLLM <= tokenizer_files._PLAIN_MODEL_TYPES
