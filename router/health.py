@@ -89,6 +89,7 @@ class Monitor:
             self._failed(f"its model list is empty or answered {models.status}")
             return
         worker.models = {card.id: card for card in cards}
+        worker.has_tokenize = True
         worker.engine_version = await self._version()
         worker.up, worker.down_reason = True, ""
         self._registry.regroup()

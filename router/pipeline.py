@@ -131,7 +131,7 @@ class Pipeline:
         """
         pool = self._pool(request)
         prompts = self._prompts.get(pool.base) or PoolPrompts(pool.base)
-        tokenized = await prompts.tokenize(request.kind, request.body, self._available(pool, ()))
+        tokenized = await prompts.tokenize(request.kind, request.body, self._worth_asking(pool))
         self._metrics.tokenized.labels(pool.model, tokenized.by).inc(len(tokenized.prompts) or 1)
         lengths = [len(ids) for ids in tokenized.prompts]
         self._check_context(request, pool, max(lengths, default=0))
@@ -337,6 +337,12 @@ class Pipeline:
     def _available(self, pool: Pool, exclude: Mapping[str, object] | tuple[()]) -> list[Worker]:
         now = asyncio.get_running_loop().time()
         return [worker for worker in pool.workers if worker.name not in exclude and worker.available(now)]
+
+    def _worth_asking(self, pool: Pool) -> list[Worker]:
+        """Workers that can tokenize, where anything is gained from it: hits to compare."""
+        workers = self._available(pool, ()) if self._policy.uses_hits else []
+        known = any(worker.namespace is not None for worker in workers)
+        return [worker for worker in workers if known and worker.has_tokenize]
 
     def _check_context(self, request: Request, pool: Pool, longest: int) -> None:
         limits = [worker.max_model_len(pool.model) or worker.max_model_len(pool.base) for worker in pool.workers]

@@ -147,6 +147,7 @@ async def tokenize_at(worker: Worker, request: dict[str, Any]) -> list[int]:
     """
     answer = await worker.upstream.fetch("POST", "/tokenize", msgspec.json.encode(request), timeout=TOKENIZE_TIMEOUT_S)
     if answer.status in (404, 405):
+        worker.has_tokenize = False
         raise Unrenderable("the worker has no /tokenize")
     if 400 <= answer.status < 500:
         raise InvalidRequest(f"the worker's /tokenize answered {answer.status}")

@@ -154,6 +154,7 @@ class Worker:
         self.reports_error = ""
         self.parity: Parity = "unchecked"
         self.takes_token_ids = False
+        self.has_tokenize = True
         self.trust = 1.0
         self.relists: dict[str, int] = {}
         self.digests_checked = 0
