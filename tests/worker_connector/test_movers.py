@@ -1,0 +1,302 @@
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the worker half needs torch")
+
+from worker_connector import movers  # noqa: E402
+from worker_connector.movers import Copier, Stream, Transfers  # noqa: E402
+from worker_connector.plan import LoadJob, SaveJob, Span, WorkerReport  # noqa: E402
+from worker_connector.regions import Region, SlotLayout  # noqa: E402
+
+BLOCKS, SLOTS, PER_CHUNK = 40, 6, 4
+LAYOUT = SlotLayout([[Region(0, 512, 512), Region(BLOCKS * 512, 512, 512)]], [PER_CHUNK])
+DEADLINE = 5.0
+
+
+class Rig:
+    """A cache and a slab of plain tensors, with transfers between them."""
+
+    def __init__(self, copier: type[Copier] = Copier, stream: Callable[[], Stream] = Stream) -> None:
+        self.cache = torch.randint(0, 256, (BLOCKS * 1024,), dtype=torch.uint8)
+        self.slab = torch.zeros(SLOTS * LAYOUT.slot_bytes, dtype=torch.uint8)
+        self.transfers = Transfers(copier(self.cache, self.slab, LAYOUT), stream)
+        self.report = WorkerReport()
+        self.finished: list[str] = []
+        self.failed: list[str] = []
+
+    def block(self, block: int) -> bytes:
+        both = self.cache.view(2, BLOCKS, 512)
+        return both[:, block].numpy().tobytes()
+
+    def collect(self) -> None:
+        finished, failed = self.transfers.take()
+        self.finished += sorted(finished)
+        self.failed += sorted(failed)
+        self.report.merge(self.transfers.take_report())
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < deadline, "the transfer did not end"
+            self.collect()
+            time.sleep(0.001)
+
+    def save(self, job: int, slot: int, blocks: list[int]) -> None:
+        self.transfers.save(SaveJob(job, [Span(slot, 0, 0, blocks)]))
+
+    def load(self, request: str, slot: int, blocks: list[int], *, deadline: float = DEADLINE) -> None:
+        self.transfers.load([LoadJob(request, [Span(slot, 0, 0, blocks)], deadline, blocks)])
+
+
+@contextmanager
+def rig(copier: type[Copier] = Copier, stream: Callable[[], Stream] = Stream) -> Iterator[Rig]:
+    made = Rig(copier, stream)
+    try:
+        yield made
+    finally:
+        assert made.transfers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("warmroute-")]
+
+
+class GatedCopier(Copier):
+    """Waits for a signal before each copy."""
+
+    gate = threading.Event()
+
+    def to_cache(self, span: Span) -> None:
+        assert self.gate.wait(DEADLINE)
+        super().to_cache(span)
+
+    def to_slab(self, span: Span) -> None:
+        assert self.gate.wait(DEADLINE)
+        super().to_slab(span)
+
+
+@pytest.fixture(autouse=True)
+def closed_gate() -> None:
+    GatedCopier.gate = threading.Event()
+
+
+class FailingCopier(Copier):
+    def to_cache(self, span: Span) -> None:
+        if span.slot == 2:
+            raise OSError("bad slot")
+        super().to_cache(span)
+
+    def to_slab(self, span: Span) -> None:
+        if span.slot == 2:
+            raise OSError("bad slot")
+        super().to_slab(span)
+
+
+def test_blocks_come_back_byte_for_byte_through_random_slots_and_blocks() -> None:
+    rng = random.Random(5)
+    with rig() as bench:
+        stored: dict[int, list[bytes]] = {}
+        for job in range(1, 60):
+            slot = rng.randrange(SLOTS)
+            blocks = rng.sample(range(1, BLOCKS), PER_CHUNK)
+            if slot in stored and rng.random() < 0.6:
+                bench.load(str(job), slot, blocks)
+                bench.until(lambda job=job: str(job) in bench.finished)  # type: ignore[misc]
+                assert [bench.block(block) for block in blocks] == stored[slot]
+            else:
+                bench.save(job, slot, blocks)
+                bench.until(lambda job=job: bench.report.saved[job] == 1)  # type: ignore[misc]
+                stored[slot] = [bench.block(block) for block in blocks]
+        assert not bench.failed
+        assert not bench.report.failed_saves
+
+
+def test_a_region_narrower_than_its_stride_is_copied_block_by_block() -> None:
+    layout = SlotLayout([[Region(16, 64, 32)]], [3])
+    cache = torch.arange(10 * 64, dtype=torch.int32).to(torch.uint8)
+    slab = torch.zeros(2 * layout.slot_bytes, dtype=torch.uint8)
+    before = cache.clone()
+    copier = Copier(cache, slab, layout)
+    copier.to_slab(Span(1, 0, 0, [4, 5, 6]))
+    assert torch.equal(slab[layout.slot_bytes :][:96], before.view(10, 64)[4:7, 16:48].flatten())
+    copier.to_cache(Span(1, 0, 0, [0, 2, 3]))
+    expected = before.view(10, 64).clone()
+    expected[[0, 2, 3], 16:48] = before.view(10, 64)[4:7, 16:48]
+    assert torch.equal(cache.view(10, 64), expected)
+
+
+def test_submitting_does_not_wait_for_the_copy_and_each_end_is_told_once() -> None:
+    with rig(GatedCopier) as bench:
+        bench.save(1, 0, [1, 2, 3, 4])
+        bench.load("a", 1, [5, 6, 7, 8])
+        bench.collect()
+        assert bench.finished == []
+        assert not bench.report
+        GatedCopier.gate.set()
+        bench.until(lambda: bench.finished == ["a"] and bench.report.saved[1] == 1)
+        for _ in range(3):
+            bench.collect()
+        assert bench.finished == ["a"]
+        assert bench.report.saved[1] == 1
+        assert [sample.nbytes for sample in bench.report.loads] == [4 * 1024]
+
+
+def test_settle_returns_only_when_the_save_has_read_its_blocks() -> None:
+    with rig(GatedCopier) as bench:
+        bench.save(1, 0, [1, 2, 3, 4])
+        before = [bench.block(block) for block in (1, 2, 3, 4)]
+        threading.Timer(0.1, GatedCopier.gate.set).start()
+        bench.transfers.settle([1])
+        bench.cache.fill_(0)
+        slot = bench.slab[: PER_CHUNK * 1024].view(2, PER_CHUNK, 512)
+        assert [slot[:, at].numpy().tobytes() for at in range(PER_CHUNK)] == before
+
+
+def test_settling_what_ended_or_never_began_does_not_wait() -> None:
+    with rig() as bench:
+        bench.save(1, 0, [1, 2, 3, 4])
+        bench.until(lambda: bench.report.saved[1] == 1)
+        began = time.monotonic()
+        bench.transfers.settle([1, 7])
+        assert time.monotonic() - began < 1
+
+
+def test_a_save_that_never_ends_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movers, "_SETTLE_SECONDS", 0.05)
+    with rig(GatedCopier) as bench:
+        bench.save(1, 0, [1, 2, 3, 4])
+        with pytest.raises(TimeoutError, match="took longer"):
+            bench.transfers.settle([1])
+        GatedCopier.gate.set()
+
+
+def test_a_failed_load_names_its_slot_and_spares_the_others() -> None:
+    with rig(FailingCopier) as bench:
+        spans = [Span(1, 0, 0, [1, 2, 3, 4]), Span(2, 0, 0, [5, 6, 7, 8]), Span(3, 0, 0, [9, 10, 11, 12])]
+        bench.transfers.load([LoadJob("a", spans, DEADLINE)])
+        bench.load("b", 1, [13, 14, 15, 16])
+        bench.until(lambda: bench.finished == ["a", "b"])
+        assert bench.failed == ["a"]
+        assert bench.report.failed_loads == {"a": {2}}
+
+
+def test_a_failed_save_is_told_and_the_next_one_works() -> None:
+    with rig(FailingCopier) as bench:
+        bench.save(1, 2, [1, 2, 3, 4])
+        bench.save(2, 3, [1, 2, 3, 4])
+        bench.until(lambda: bench.report.saved[1] == bench.report.saved[2] == 1)
+        assert bench.report.failed_saves == {1}
+
+
+def test_a_late_load_fails_without_blaming_a_slot() -> None:
+    with rig(GatedCopier) as bench:
+        bench.load("a", 1, [1, 2, 3, 4])
+        bench.load("b", 1, [5, 6, 7, 8], deadline=0.01)
+        time.sleep(0.05)
+        before = bench.block(5)
+        GatedCopier.gate.set()
+        bench.until(lambda: bench.finished == ["a", "b"])
+        assert bench.failed == ["b"]
+        assert bench.report.failed_loads == {"b": set()}
+        assert bench.block(5) == before
+
+
+def test_a_refused_load_copies_nothing_and_fails() -> None:
+    with rig() as bench:
+        before = bench.cache.clone()
+        bench.transfers.load([LoadJob("a", [], DEADLINE, [1], refused=True)])
+        bench.until(lambda: bench.finished == ["a"])
+        assert bench.failed == ["a"]
+        assert torch.equal(bench.cache, before)
+
+
+def test_waiting_for_loads_ends_with_them_or_with_the_timeout() -> None:
+    with rig(GatedCopier) as bench:
+        bench.transfers.wait_for_loads(DEADLINE)
+        bench.load("a", 1, [1, 2, 3, 4])
+        began = time.monotonic()
+        bench.transfers.wait_for_loads(0.05)
+        assert 0.04 < time.monotonic() - began < 2
+        GatedCopier.gate.set()
+        bench.transfers.wait_for_loads(DEADLINE)
+        bench.collect()
+        assert bench.finished == ["a"]
+
+
+class RecordingStream(Stream):
+    """Notes the order in which marks are made and waited for."""
+
+    log: list[str]
+
+    def __init__(self) -> None:
+        self.marks = 0
+
+    def mark(self) -> int:
+        self.marks += 1
+        self.log.append(f"mark {threading.current_thread().name}")
+        return self.marks
+
+    def begin(self, after: int) -> None:
+        self.log.append(f"begin after {after} {threading.current_thread().name}")
+
+    def finish(self) -> None:
+        self.log.append(f"finish {threading.current_thread().name}")
+
+
+@pytest.mark.parametrize("copier", [Copier, FailingCopier])
+def test_copies_follow_a_mark_made_by_the_engine_and_are_over_when_reported(copier: type[Copier]) -> None:
+    RecordingStream.log = []
+    with rig(copier, RecordingStream) as bench:
+        bench.save(1, 2, [1, 2, 3, 4])
+        bench.until(lambda: bench.report.saved[1] == 1)
+        bench.load("a", 2, [1, 2, 3, 4])
+        bench.until(lambda: bench.finished == ["a"])
+    me = threading.current_thread().name
+    save, load = "warmroute-save", "warmroute-load"
+    assert RecordingStream.log == [
+        f"mark {me}",
+        f"begin after 1 {save}",
+        f"finish {save}",
+        f"mark {me}",
+        f"begin after 1 {load}",
+        f"finish {load}",
+    ]
+
+
+def test_closing_drops_what_is_queued_and_ends_the_threads() -> None:
+    bench = Rig(GatedCopier)
+    for job in range(1, 20):
+        bench.save(job, 0, [1, 2, 3, 4])
+    threading.Timer(0.05, GatedCopier.gate.set).start()
+    assert bench.transfers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("warmroute-")]
+    bench.collect()
+    assert sum(bench.report.saved.values()) <= 1
+
+
+def test_reports_of_ranks_add_up() -> None:
+    first, second = WorkerReport(), WorkerReport()
+    first.saved.update({1: 1, 2: 1})
+    second.saved.update({1: 1})
+    second.failed_saves.add(1)
+    first.failed_loads["a"] = {1}
+    second.failed_loads["a"] = {2}
+    second.step = 4
+    first.merge(second)
+    assert dict(first.saved) == {1: 2, 2: 1}
+    assert first.failed_saves == {1}
+    assert first.failed_loads == {"a": {1, 2}}
+    assert first.step == 4
+    assert not WorkerReport()
+
+
+def lengths(pieces: Iterable[tuple[int, int, int]]) -> list[int]:
+    return [length for _, _, length in pieces]
+
+
+def test_consecutive_blocks_are_one_copy_per_region() -> None:
+    copier = Copier(torch.zeros(BLOCKS * 1024, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), LAYOUT)
+    assert lengths(copier._pieces(Span(0, 0, 0, [4, 5, 6, 7]))) == [2048, 2048]
+    assert lengths(copier._pieces(Span(0, 0, 0, [4, 5, 9, 8]))) == [1024, 1024, 512, 512, 512, 512]
