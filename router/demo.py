@@ -109,9 +109,10 @@ def _check_parts(report: Any) -> None:
 
 
 def _make_model(directory: Path) -> None:
-    from router.demo_model import make_model  # noqa: PLC0415 - brings torch
-
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from router.demo_model import make_model  # noqa: PLC0415 - brings torch, which reads the variables above
+
     make_model(directory)
 
 

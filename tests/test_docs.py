@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from router.admission import Admission
 from router.config import Settings
+from router.index import Index
+from router.metrics import Metrics
+from router.workers import Registry
 from worker_connector.config import SETTINGS
 from worker_connector.config_names import ALIASES
 from worker_connector.stats import FIGURES
@@ -23,6 +27,15 @@ def test_every_setting_is_described(name: str) -> None:
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
 def test_every_figure_of_the_connector_is_described(figure: object) -> None:
     assert f"`warmroute_{figure.name}" in METRICS  # type: ignore[attr-defined]
+
+
+def test_every_metric_of_the_gateway_is_described() -> None:
+    settings = Settings()
+    admission = Admission(settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes)
+    shown = Metrics(Registry(), Index(), admission).render().decode()
+    names = {name for name in re.findall(r"^# HELP (\S+)", shown, re.MULTILINE) if not name.endswith("_created")}
+    assert len(names) > 25
+    assert not [name for name in sorted(names) if f"`{name}`" not in METRICS]
 
 
 def test_links_lead_somewhere() -> None:
