@@ -93,7 +93,8 @@ def get_cache_stats(url: str | None = None, *, token: str = "", timeout: float =
     """The cache figures of one engine, or of all engines of this program together.
 
     Without ``url``, the engines started by this program (``vllm.LLM`` runs each in a child process) on this machine.
-    ``url`` is a worker's report address: ``tcp://host:port``, ``host:port`` or ``host``.
+    ``url`` is a worker's report address: ``tcp://host:port``, ``host:port`` or ``host``; ``token`` is what its
+    ``report_token`` says, by default that of the environment (``WARMROUTE_REPORT_TOKEN``).
 
     Returns:
         ``hit_rate`` (share of prompt tokens reused), ``avg_ttft_reduction`` (mean seconds saved per request with a hit),
@@ -104,6 +105,7 @@ def get_cache_stats(url: str | None = None, *, token: str = "", timeout: float =
     Raises:
         StatsUnavailable: no engine was found, or one did not answer; the text says why.
     """
+    token = token or os.environ.get("WARMROUTE_REPORT_TOKEN", "")
     where = [_address(url, token)] if url is not None else list(_own_engines())
     if not where:
         raise StatsUnavailable(

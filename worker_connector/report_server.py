@@ -47,7 +47,6 @@ from kv_protocol.messages import (
 )
 from worker_connector.errors import ConfigurationError, ReportUnavailable
 from worker_connector.runtime_files import RuntimeFile
-from worker_connector.stats import Stats
 
 CLIENT_FRAME_BYTES = 1 << 20
 """The largest frame accepted from a client."""
@@ -151,12 +150,6 @@ class ReportServer:
     def readers(self) -> int:
         """How many readers watch now."""
         return len(self._watchers)
-
-    def record(self, stats: Stats) -> None:
-        """Bring the figures that concern readers up to date; on the engine's thread."""
-        stats.set("report_readers", self.readers)
-        stats.bring("dropped_readers", self.dropped_readers)
-        stats.bring("relists", self.relists)
 
     def start(self) -> None:
         """Bind and serve; returns once clients can connect.

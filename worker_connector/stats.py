@@ -6,7 +6,6 @@ transfer's end (the scheduler half if its workers' acknowledgements carry them).
 from another thread is safe.
 """
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +54,6 @@ class Stats:
     """Totals since the start, and what came since ``take`` was called last."""
 
     def __init__(self) -> None:
-        self.started = time.time()
         self._total: Counts = {}
         self._since: Counts = {}
 
@@ -123,12 +121,6 @@ class Stats:
     def total(self) -> Counts:
         """Everything since the start."""
         return {name: dict(tiers) for name, tiers in list(self._total.items())}
-
-    def answer(self) -> dict[str, Any]:
-        """What the report port's ``stats`` operation answers: ``counts`` for programs that add engines up, and the
-        same as a summary."""
-        counts = self.total()
-        return {"counts": counts, "started": self.started, **summary(counts)}
 
     def _moved(self, kind: str, tier: str, chunks: int, nbytes: int, seconds: float) -> None:
         self.add(f"{kind}_chunks", chunks, tier)

@@ -30,7 +30,7 @@ def _operations(prompt_tokens: int = 1000) -> dict[str, Any]:
     stats = Stats()
     stats.request(prompt_tokens, {"cpu": 250}, prefill_speed=1000.0, load_seconds=0.05)
     stats.set("held_chunks", 7, "cpu")
-    return {"stats": lambda _: stats.answer(), "echo": lambda arguments: arguments}
+    return {"stats": lambda _: {"counts": stats.total()}, "echo": lambda arguments: arguments}
 
 
 def test_figures_from_an_address() -> None:
@@ -156,12 +156,14 @@ def test_what_is_no_address(url: str) -> None:
         get_cache_stats(url)
 
 
-def test_a_wrong_token_is_named() -> None:
+def test_a_wrong_token_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Source(), token="right", operations=_operations()) as server:
         host, port = server.address
         with pytest.raises(StatsUnavailable, match="wrong token: set the worker's report_token"):
             get_cache_stats(f"{host}:{port}", token="wrong")
         assert get_cache_stats(f"{host}:{port}", token="right")["engines"] == 1
+        monkeypatch.setenv("WARMROUTE_REPORT_TOKEN", "right")
+        assert get_cache_stats(f"{host}:{port}")["engines"] == 1
 
 
 @pytest.mark.parametrize(

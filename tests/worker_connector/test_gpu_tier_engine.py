@@ -36,7 +36,8 @@ def _run(code: list[str], runtime: Path, **environment: str) -> Any:
         env={**ENVIRONMENT, "XDG_RUNTIME_DIR": str(runtime), **environment},
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("{"))
+    return json.loads(line)
 
 
 def test_the_reported_gpu_tier_is_what_the_engine_holds(small_model: str, tmp_path: Path) -> None:
@@ -78,11 +79,11 @@ def test_a_program_reads_the_figures_of_its_engine_process(small_model: str, tmp
     figures = _run([str(program), small_model], tmp_path, PYTHONPATH=str(ROOT))
     assert figures["engines"] == 1
     assert figures["requests"] == 3
-    assert figures["hit_rate"] == pytest.approx(2 * 576 / (3 * 640), abs=0.05)
-    assert figures["tiers"]["cpu"]["load_chunks"] == 18
-    assert figures["tiers"]["cpu"]["hit_tokens"] == 2 * 576
+    # Twice the whole prompt came from the CPU tier, but for its last token, which is always computed.
+    assert figures["tiers"]["cpu"]["load_chunks"] == 20
+    assert figures["tiers"]["cpu"]["hit_tokens"] == 2 * 639
+    assert figures["hit_rate"] == pytest.approx(2 * 639 / (3 * 640))
     assert figures["tiers"]["cpu"]["load_bytes"] > 0
-    assert list((tmp_path / "warmroute").glob("*.json")) == []
 
 
 def test_metrics_of_a_server(small_model: str, tmp_path: Path) -> None:

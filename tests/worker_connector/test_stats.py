@@ -13,7 +13,7 @@ counts = st.dictionaries(
 
 
 def test_a_summary_of_nothing() -> None:
-    answer = Stats().answer()
+    answer = summary(Stats().total())
     assert (answer["hit_rate"], answer["avg_ttft_reduction"], answer["tiers"]) == (0.0, 0.0, {})
 
 
@@ -107,7 +107,7 @@ def test_a_summary_may_be_read_while_figures_are_kept() -> None:
     def read() -> None:
         while not stop.is_set():
             try:
-                stats.answer()
+                summary(stats.total())
             except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding
                 errors.append(error)
 
