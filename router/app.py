@@ -14,7 +14,7 @@ from router.config import Settings, WorkerSpec
 from router.errors import MethodNotAllowed, NotFound
 from router.health import Monitor
 from router.index import Index
-from router.metrics import Metrics, forget
+from router.metrics import Metrics
 from router.pipeline import PATHS, Pipeline
 from router.policies import make_policy
 from router.pool_prompts import PoolPrompts
@@ -133,7 +133,7 @@ class Gateway:
                 break
             await asyncio.sleep(0.1)
         worker.upstream.close()
-        forget(self.metrics, worker)
+        self.metrics.forget(worker.name)
 
     def _admitted(self, worker: Worker, message: Admitted) -> None:
         self.accounting.admitted(worker, message)

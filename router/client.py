@@ -58,6 +58,8 @@ class Client:
         """
         if self.declared_length > limit:
             raise _too_large(limit)
+        if self._connection is not None and self._connection.body_arrived:
+            return await self._read(limit)  # spares the timer
         try:
             async with asyncio.timeout(timeout):
                 body = await self._read(limit)
@@ -102,12 +104,11 @@ class Client:
         if message["type"] == "http.disconnect":
             raise ClientGone("the client left before its request was complete")
         body: bytes = message.get("body", b"")
-        if not message.get("more_body"):
+        if not message.get("more_body") and len(body) <= limit:
             return body
-        return await self._read_rest(bytearray(body), limit)
+        return await self._read_rest(bytearray(body), limit, more=bool(message.get("more_body")))
 
-    async def _read_rest(self, body: bytearray, limit: int) -> bytes:
-        more = True
+    async def _read_rest(self, body: bytearray, limit: int, *, more: bool) -> bytes:
         while more:
             if len(body) > limit:
                 raise _too_large(limit)

@@ -19,6 +19,7 @@ class Metrics:
 
     def __init__(self, registry: Registry, index: Index, admission: Admission) -> None:
         self._registry = CollectorRegistry()
+        self._of_worker: dict[str, WorkerSeries] = {}
         self._registry.register(_State(registry, index, admission))
         self.requests = self._counter("requests", "Requests answered by a worker", "worker", "model", "status")
         self.rejected = self._counter("rejected_requests", "Requests answered by the router itself", "status", "code")
@@ -38,11 +39,44 @@ class Metrics:
         """The text exposition format. O(series)."""
         return generate_latest(self._registry)
 
+    def of_worker(self, worker: str) -> "WorkerSeries":
+        """The series of one worker that every request touches, looked up once."""
+        if worker not in self._of_worker:
+            self._of_worker[worker] = WorkerSeries(self, worker)
+        return self._of_worker[worker]
+
+    def forget(self, worker: str) -> None:
+        """Drop the series of a removed worker, so that they do not pile up."""
+        self._of_worker.pop(worker, None)
+        by_worker = (self.prompt_tokens, self.predicted, self.requests, self.actual, self.predictions, self.failures)
+        for family in (*by_worker, self.abandoned, self.broken, self.ttft, self.duration):
+            family.remove_by_labels({"worker": worker})
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"warmroute_router_{name}", text, labels, registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"warmroute_router_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+
+class WorkerSeries:
+    """Children of the labelled families for one worker."""
+
+    def __init__(self, metrics: Metrics, worker: str) -> None:
+        self.prompt_tokens = metrics.prompt_tokens.labels(worker)
+        self.predicted = metrics.predicted.labels(worker)
+        self.ttft = metrics.ttft.labels(worker)
+        self.duration = metrics.duration.labels(worker)
+        self._requests = metrics.requests
+        self._worker = worker
+        self._by_status: dict[tuple[str, int], Counter] = {}
+
+    def answered(self, model: str, status: int) -> None:
+        """Count a response."""
+        key = (model, status)
+        if key not in self._by_status:
+            self._by_status[key] = self._requests.labels(self._worker, model, status)
+        self._by_status[key].inc()
 
 
 class _State(Collector):
@@ -120,11 +154,3 @@ class _State(Collector):
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"warmroute_router_{name}", text, value=value)
-
-
-def forget(metrics: Metrics, worker: Worker) -> None:
-    """Drop the series of a removed worker, so that they do not pile up."""
-    for family in (metrics.ttft, metrics.duration, metrics.failures, metrics.abandoned, metrics.broken):
-        family.remove_by_labels({"worker": worker.name})
-    for family in (metrics.requests, metrics.actual, metrics.predictions, metrics.prompt_tokens, metrics.predicted):
-        family.remove_by_labels({"worker": worker.name})

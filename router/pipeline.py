@@ -221,6 +221,7 @@ class Pipeline:
             worker.load.finished(flight)
             decision.outcome = outcome
             decision.duration_s = time.perf_counter() - journey.started
+            self._metrics.of_worker(worker.name).duration.observe(decision.duration_s)
             if outcome == "abandoned":
                 worker.breaker.abandoned()
                 self._metrics.abandoned.labels(worker.name).inc()
@@ -259,13 +260,15 @@ class Pipeline:
         known = worker.hello is not None and plan.prompt_tokens > 0
         tolerance = worker.hello.chunk_size * len(plan.tokenized.prompts) if known and worker.hello else 0
         self._accounting.sent(decision, worker, prompts=len(plan.tokenized.prompts) or 1, tolerance=tolerance)
-        self._metrics.prompt_tokens.labels(worker.name).inc(plan.prompt_tokens)
-        self._metrics.predicted.labels(worker.name).inc(hit.total)
+        series = self._metrics.of_worker(worker.name)
+        series.prompt_tokens.inc(plan.prompt_tokens)
+        series.predicted.inc(hit.total)
 
     def _delivered(self, worker: Worker, pool: Pool, decision: Decision, delivery: Delivery) -> str:
         decision.status = delivery.status
         decision.cached_tokens = delivery.cached_tokens
-        self._metrics.requests.labels(worker.name, pool.model, delivery.status).inc()
+        series = self._metrics.of_worker(worker.name)
+        series.answered(pool.model, delivery.status)
         if delivery.broken is not None:
             self._metrics.broken.labels(worker.name).inc()
             self._failed(worker, delivery.broken)
@@ -275,7 +278,7 @@ class Pipeline:
         else:
             worker.breaker.succeeded()
         if decision.ttft_s is not None:
-            self._metrics.ttft.labels(worker.name).observe(decision.ttft_s)
+            series.ttft.observe(decision.ttft_s)
         return "served"
 
     def _failed(self, worker: Worker, error: UpstreamError) -> None:

@@ -32,6 +32,11 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._stalled: asyncio.TimerHandle | None = None
 
+    @property
+    def body_arrived(self) -> bool:
+        """The whole body of the current request is here, so that reading it will not wait."""
+        return not self.cycle.more_body and not self.cycle.waiting_for_100_continue
+
     def abort(self) -> None:
         """Close at once, without completing the response."""
         self.transport.abort()
@@ -99,6 +104,7 @@ def make_server(app: Any, settings: Settings) -> uvicorn.Server:
         lifespan="on",
         access_log=False,
         log_config=None,
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         backlog=2048,

@@ -55,7 +55,7 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path) -> None:
     file.write_text("polcy: round-robin\n")
     with pytest.raises(ConfigError, match="unknown setting 'polcy'; did you mean 'policy'"):
         load({}, {}, str(file))
-    with pytest.raises(ConfigError, match="WARMROUTE_MAX_QUEU.*did you mean 'max_queue'"):
+    with pytest.raises(ConfigError, match=r"WARMROUTE_MAX_QUEU.*did you mean 'max_queue'"):
         load({}, {"WARMROUTE_MAX_QUEU": "1"})
     with pytest.raises(ConfigError, match="did you mean 'retries'"):
         load({"retrys": 1}, {})
