@@ -93,8 +93,10 @@ ABSENT: dict[str, Absent] = {
     "cache_warmup": Absent("caches are not warmed up at start: leave it false"),
     "async_write": Absent("saves are always asynchronous: leave it true", (True, 1, "")),
     "enable_vision_cache": Absent("outputs of vision encoders are not cached: leave it false"),
-    "conversation_mode": Absent("conversations get no treatment of their own: leave it false"),
-    "save_decode_cache": Absent("generated tokens are not saved on their own: leave it false"),
+    "conversation_mode": Absent(
+        "a conversation's tail is not kept from eviction (generated tokens are saved anyway): leave it false"
+    ),
+    "save_decode_cache": Absent("generated tokens are always saved: leave it true", (True, 1, "")),
     "save_unfull_chunk": Absent("only whole chunks are kept: leave it false"),
     "enable_blending": Absent("caches are exact, never blended: leave it false"),
     "enable_p2p": Absent(_NO_REMOTE),
