@@ -19,7 +19,9 @@ from tests.support.gateway import Gateway, serve_gateway
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-CHUNK = 256
+CHUNK = 128
+FLAGS = ("--dtype", "float32")
+"""With bfloat16 greedy ties can fall either way when a prompt is computed in other portions, cached or not."""
 WORDS = ("import", "return", "class", "value", "error", "string", "object", "method", "count", "module", "list")
 
 
@@ -34,8 +36,8 @@ class Fleet:
 def fleet(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     workspace: Path = tmp_path_factory.mktemp("fleet")
     with (
-        start_engine(small_model, workspace, connector={}) as a,
-        start_engine(small_model, workspace, connector={}) as b,
+        start_engine(small_model, workspace, connector={"chunk_size": CHUNK}, flags=FLAGS) as a,
+        start_engine(small_model, workspace, connector={"chunk_size": CHUNK}, flags=FLAGS) as b,
     ):
         engines = {"a": a, "b": b}
         flags = ["--tokenizer", small_model]
@@ -123,7 +125,7 @@ def test_cpu_tier_gives_the_same_tokens_in_a_fraction_of_the_time(fleet: Fleet) 
         assert record["actual_hit_tokens"].get("cpu", 0) >= 0.9 * record["prompt_tokens"]
         ratios.append(cold / warm)
         print(f"cold {cold * 1000:.0f} ms, from CPU tier {warm * 1000:.1f} ms, {record['prompt_tokens']} tokens")
-    assert statistics.median(ratios) >= 15, ratios
+    assert statistics.median(ratios) >= 8, ratios
 
 
 def test_predictions_are_what_the_workers_report(fleet: Fleet) -> None:
@@ -189,7 +191,9 @@ def test_kill_during_a_stream(fleet: Fleet, small_model: str, tmp_path: Path) ->
     assert {w["name"]: w["healthy"] for w in seen} == {worker: False, other: True}
 
     port, reports = int(victim.url.rsplit(":", 1)[1]), int(str(victim.reports).rsplit(":", 1)[1])
-    with start_engine(small_model, tmp_path, connector={}, port=port, reports_port=reports) as reborn:
+    with start_engine(
+        small_model, tmp_path, connector={"chunk_size": CHUNK}, flags=FLAGS, port=port, reports_port=reports
+    ) as reborn:
         wait_ready(reborn)
         fleet.gateway.wait_for(
             "/admin/workers",
