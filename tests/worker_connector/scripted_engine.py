@@ -336,7 +336,7 @@ class Engine:
             return None
         fresh = [[self._take() for _ in range(count)] for count in need]
         for table, blocks in zip(request.tables, fresh, strict=True):
-            table += blocks
+            table.extend(blocks)
         return fresh
 
     def _take(self) -> int:

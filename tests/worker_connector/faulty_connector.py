@@ -1,0 +1,37 @@
+"""The connector with loads that go wrong on command: the file named by ``KV_TEST_FAULT`` says how."""
+
+import os
+import time
+from ctypes import memset
+from pathlib import Path
+from typing import Any
+
+from worker_connector.connector import WarmrouteConnector
+from worker_connector.movers import Copier
+from worker_connector.plan import Span
+
+
+class FaultyCopier(Copier):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._is_spoilt = False
+
+    def to_cache(self, span: Span) -> None:
+        fault = Path(os.environ["KV_TEST_FAULT"]).read_text(encoding="utf-8")
+        if fault == "fail":
+            raise OSError("a load that fails on command")
+        if fault == "slow":
+            time.sleep(0.05)
+        super().to_cache(span)
+        if fault == "corrupt" and not self._is_spoilt:
+            self._spoil(Span(span.slot, span.group, span.at, span.blocks[:1]))
+        self._is_spoilt = fault == "corrupt"
+
+    def _spoil(self, block: Span) -> None:
+        """Overwrite one block, in every layer of its group."""
+        for in_cache, _, count in self._pieces(block):
+            memset(self._cache_start + in_cache, 0x3C, count)
+
+
+class FaultyConnector(WarmrouteConnector):
+    make_copier = FaultyCopier
