@@ -6,7 +6,7 @@ slots, and a chunk's slot has the same number in every rank's slab. A slot's lif
     free ── reserve ──► saving ── commit ──► ready ── evict / forget ──► free
                           └────── abandon ─────────────────────────────►
 
-Only a ready chunk is visible: to lookups, in ``content``, in the digests and in the changes that reports carry. Loads
+Only a ready chunk is visible: to lookups and, unless its slot is hidden, in ``content``, in the digests and in the changes that reports carry. Loads
 pin ready slots. A slot that is forgotten while a save or a load still uses its bytes is invisible at once and becomes
 free when the last of them ends, so bytes never change under a transfer.
 
@@ -36,13 +36,15 @@ class Slot:
     """One chunk's place in the slab.
 
     ``missing`` tells, for each KV-cache group, how many of the chunk's first blocks the slot does not hold: a sliding
-    window may have passed them before the chunk was full.
+    window may have passed them before the chunk was full. A ``hidden`` slot is no chunk to anybody outside: it holds
+    the beginning of one.
     """
 
-    __slots__ = ("chunk", "forgotten", "index", "kept", "missing", "pins", "state")
+    __slots__ = ("chunk", "forgotten", "hidden", "index", "kept", "missing", "pins", "state")
 
-    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...]) -> None:
+    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool) -> None:
         self.chunk = chunk
+        self.hidden = hidden
         self.index = index
         self.missing = missing
         self.state = SlotState.SAVING
@@ -82,7 +84,12 @@ class Ledger:
     # ---- cpu tier: saves ----------------------------------------------------------------------------------------
 
     def reserve(
-        self, chunk: bytes, missing: tuple[int, ...] = (), spare: Container[bytes] = frozenset()
+        self,
+        chunk: bytes,
+        missing: tuple[int, ...] = (),
+        spare: Container[bytes] = frozenset(),
+        *,
+        hidden: bool = False,
     ) -> Slot | None:
         """A slot to save ``chunk`` into, evicting another chunk if none is free; None when every slot is in use, the
         next victim is in ``spare``, or the chunk has a slot already. O(1)."""
@@ -93,7 +100,7 @@ class Ledger:
                 self._evict_one(spare)
             if not self._free:
                 return None
-            slot = Slot(chunk, self._free.pop(), missing)
+            slot = Slot(chunk, self._free.pop(), missing, hidden=hidden)
             self._slots[chunk] = slot
             return slot
 
@@ -104,10 +111,11 @@ class Ledger:
             if slot.forgotten:
                 self._free_if_unused(slot)
                 return
-            self._ready += 1
             self._policy.add(slot.chunk)
-            self._digests[CPU].add(slot.chunk)
-            self._note(Stored, CPU, slot.chunk)
+            if not slot.hidden:
+                self._ready += 1
+                self._digests[CPU].add(slot.chunk)
+                self._note(Stored, CPU, slot.chunk)
 
     def abandon(self, slot: Slot) -> None:
         """The save of ``slot`` failed: the slot is free again. O(1)."""
@@ -172,7 +180,8 @@ class Ledger:
                 return False
             if slot.state is SlotState.READY:
                 self._hide(slot)
-                self._note(Removed, CPU, chunk)
+                if not slot.hidden:
+                    self._note(Removed, CPU, chunk)
             self._retire(slot)
             return True
 
@@ -229,7 +238,7 @@ class Ledger:
     def content(self) -> dict[str, list[bytes]]:
         """The visible chunks of each tier. O(chunks)."""
         with self.lock:
-            return {GPU: list(self._gpu), CPU: [slot.chunk for slot in self._ready_slots()]}
+            return {GPU: list(self._gpu), CPU: [slot.chunk for slot in self._visible_slots()]}
 
     def counts(self) -> dict[str, int]:
         """The number of visible chunks in each tier. O(1)."""
@@ -246,7 +255,7 @@ class Ledger:
             slots = [*self._slots.values(), *self._forgotten]
             indices = [slot.index for slot in slots] + self._free
             assert sorted(indices) == list(range(self.capacity)), "a slot is lost or has two owners"
-            ready = list(self._ready_slots())
+            ready = list(self._visible_slots())
             assert self._ready == len(ready), "ready slots are miscounted"
             for chunk, slot in self._slots.items():
                 assert slot.chunk == chunk, "a slot is filed under another chunk"
@@ -264,8 +273,8 @@ class Ledger:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _ready_slots(self) -> Iterable[Slot]:
-        return (slot for slot in self._slots.values() if slot.state is SlotState.READY)
+    def _visible_slots(self) -> Iterable[Slot]:
+        return (slot for slot in self._slots.values() if slot.state is SlotState.READY and not slot.hidden)
 
     def _evict_one(self, spare: Container[bytes]) -> None:
         chunk = self._policy.victim()
@@ -274,9 +283,10 @@ class Ledger:
             self.forget(chunk)
 
     def _hide(self, slot: Slot) -> None:
-        self._ready -= 1
         self._policy.discard(slot.chunk)
-        self._digests[CPU].discard(slot.chunk)
+        if not slot.hidden:
+            self._ready -= 1
+            self._digests[CPU].discard(slot.chunk)
 
     def _retire(self, slot: Slot) -> None:
         slot.forgotten = True

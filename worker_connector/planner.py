@@ -12,6 +12,8 @@ Rules kept here:
   not offered another load, so failing ends.
 - A chunk is saved in the step that fills it, or in the first step that meets it full, from the blocks that the
   request's table names in that very step: tables change behind the window of sliding-window groups.
+- Behind enough whole chunks, the beginning of a prompt's last chunk (its tail) is saved too, down to whole blocks, in
+  a slot that nobody outside sees; it goes when the chunk is whole.
 - Blocks that get another owner while a save still reads them are named in the next plan, and workers finish those
   saves before anything writes to the blocks.
 
@@ -22,12 +24,14 @@ Nothing here knows vLLM's classes, only the names of their fields; everything ru
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any
 
 from kv_protocol.digests import SetDigest
 from kv_protocol.messages import Admitted, Heartbeat, Message
+from worker_connector.block_tables import NULL_BLOCK, Tables, blocks_from, is_fuller, missing_blocks, present_runs
 from worker_connector.config import ConnectorConfig
 from worker_connector.estimate import Estimator
 from worker_connector.geometry import Group
@@ -42,12 +46,10 @@ LOAD_SECONDS = 10.0
 OVERDUE_SECONDS = 60.0
 """An unacknowledged save keeps an idle engine stepping for no longer than this."""
 
-NULL_BLOCK = 0
-"""The block id that stands for no block."""
+TAIL_CHUNKS = 4
+"""A tail takes a whole slot, so it is kept only behind so many whole chunks."""
 
 _log = logging.getLogger("vllm.warmroute.planner")
-
-Tables = Sequence[Sequence[int]]
 
 
 @dataclass(slots=True)
@@ -102,6 +104,7 @@ class Planner:
         self._config = config
         self._size = config.chunk_size
         self._groups = tuple(groups)
+        self._unit = lcm(*(group.block_size for group in groups)) if groups else config.chunk_size
         self._partial_groups = tuple(group for group in groups if not group.reads_everything)
         self._model = model
         self._ranks = ranks
@@ -266,35 +269,40 @@ class Planner:
         tokens = end - computed
         if tokens <= 0 or tokens < self._config.min_load_tokens:
             return 0
-        if self._awaits_other_load(state, computed, end):
+        if self._loading and any(chunk in self._loading for chunk in state.wanted):
             return None if self._may_wait(state) else 0
         state.waiting_since = None
         return tokens if self._is_worth_loading(state, tokens) else 0
 
     def _hit_end(self, state: RequestState, computed: int) -> int:
-        """The token up to which chunks can be loaded, at least ``computed`` rounded down to a chunk."""
+        """The token up to which KV can be loaded; leaves the names of what is wanted for it in ``state.wanted``."""
         chunks, first = state.extend(), computed // self._size
-        end = first
-        while end < len(chunks) and self.ledger.lookup(chunks[end]) is not None:
-            end += 1
-        while end > first and not self._reaches_back(chunks, computed, end * self._size):
-            end -= 1
-        return end * self._size
+        whole = first
+        while whole < len(chunks) and self.ledger.lookup(chunks[whole]) is not None:
+            whole += 1
+        tails = state.tails(whole, self._unit) if state.eligible else []
+        for units in range(len(tails), 0, -1):
+            end = whole * self._size + units * self._unit
+            wanted = [*chunks[first:whole], tails[units - 1]]
+            if self.ledger.lookup(tails[units - 1]) is not None and self._reaches_back(wanted, computed, end):
+                state.wanted = wanted
+                return end
+        while whole > first and not self._reaches_back(chunks[first:whole], computed, whole * self._size):
+            whole -= 1
+        state.wanted = chunks[first:whole]
+        return whole * self._size
 
-    def _reaches_back(self, chunks: list[bytes], computed: int, end: int) -> bool:
-        """Whether slots hold all that groups with a limited reach still read after ``end`` tokens."""
+    def _reaches_back(self, wanted: list[bytes], computed: int, end: int) -> bool:
+        """Whether the slots of ``wanted``, the chunks from the one of token ``computed`` on, hold all that groups with
+        a limited reach still read after ``end`` tokens."""
         for group in self._partial_groups:
             needed = max(group.first_needed(end), computed)
-            for at in range(needed // self._size, end // self._size):
+            for at in range(needed // self._size, -(-end // self._size)):
                 first = max(0, needed - at * self._size) // group.block_size
-                slot = self.ledger.lookup(chunks[at])
+                slot = self.ledger.lookup(wanted[at - computed // self._size])
                 if slot is None or slot.missing[group.index] > first:
                     return False
         return True
-
-    def _awaits_other_load(self, state: RequestState, start: int, end: int) -> bool:
-        chunks = state.chunks[start // self._size : end // self._size]
-        return bool(self._loading) and any(chunk in self._loading for chunk in chunks)
 
     def _may_wait(self, state: RequestState) -> bool:
         now = self._clock()
@@ -314,7 +322,7 @@ class Planner:
 
     def _begin_load(self, state: RequestState, tables: Tables, start: int, end: int) -> None:
         request_id, refused = state.request.request_id, False
-        chunks = state.chunks[start // self._size : -(-end // self._size)]
+        chunks = state.wanted[: -(-end // self._size) - start // self._size]
         slots: list[Slot] = []
         spans: list[Span] = []
         for at, chunk in enumerate(chunks, start // self._size):
@@ -332,7 +340,7 @@ class Planner:
         self._loads[request_id] = _Load(slots, chunks, nbytes, end - start, self._clock())
         self._loading.update(dict.fromkeys(chunks, request_id))
         self._bytes_loading += nbytes
-        blocks = [block for block in _blocks_from(self._groups, tables, start) if block != NULL_BLOCK]
+        blocks = [block for block in blocks_from(self._groups, tables, start) if block != NULL_BLOCK]
         self._next_loads.append(LoadJob(request_id, [] if refused else spans, LOAD_SECONDS, blocks, refused))
         self._taken_blocks += blocks
 
@@ -343,7 +351,7 @@ class Planner:
             base = at * group.blocks_per_chunk
             low = max(start // group.block_size, base)
             high = min(end // group.block_size, base + group.blocks_per_chunk)
-            for first, blocks in _present(tables[group.index][low:high]):
+            for first, blocks in present_runs(tables[group.index][low:high]):
                 position = low - base + first
                 if slot.missing and position < slot.missing[group.index]:
                     return None
@@ -404,39 +412,62 @@ class Planner:
         # Computed tokens fall behind the cursor after a failed load, a preemption or a rejected draft.
         first = min(state.saved, computed // self._size)
         end = min(computed + scheduled, known) // self._size
-        if end <= first:
+        ends_prompt = computed < state.request.num_prompt_tokens <= computed + scheduled
+        if end <= first and not ends_prompt:
             return
-        state.saved = end
+        state.saved = max(first, end)
         chunks = state.extend()
         wanted = [at for at in range(first, min(end, len(chunks))) if self._lacks(chunks[at])]
-        tables = blocks.get_block_ids(state.request.request_id) if wanted and blocks is not None else None
+        tail = self._new_tail(state) if ends_prompt else b""
+        tables = blocks.get_block_ids(state.request.request_id) if (wanted or tail) and blocks is not None else None
         if tables is None:
             return
-        own = frozenset(chunks[:end])
+        own = frozenset(chunks)
         saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own)]
+        if saved and saved[0] >= TAIL_CHUNKS:
+            # The first chunk behind what was there may make a tail superfluous.
+            for superfluous in state.tails(saved[0], self._unit):
+                self.ledger.forget(superfluous)
+        if tail and self._save_chunk(save, len(chunks), tail, tables, own, tail_tokens=self._tail_tokens(state)):
+            saved.append(len(chunks))
         if saved:
             save.heads.append(chunks[: saved[0]])
+
+    def _tail_tokens(self, state: RequestState) -> int:
+        left: int = state.request.num_prompt_tokens % self._size
+        return left // self._unit * self._unit
+
+    def _new_tail(self, state: RequestState) -> bytes:
+        """The name of the prompt's tail if it is worth a slot and has none."""
+        units, whole = self._tail_tokens(state) // self._unit, state.request.num_prompt_tokens // self._size
+        if not units or not TAIL_CHUNKS <= whole == len(state.chunks):
+            return b""
+        tail = state.tails(whole, self._unit)[units - 1]
+        return b"" if self.ledger.holds(tail) else tail
 
     def _lacks(self, chunk: bytes) -> bool:
         """Whether a chunk is not in the cpu tier, or is there without some of its blocks."""
         slot = self.ledger.lookup(chunk)
         return any(slot.missing) if slot is not None else not self.ledger.holds(chunk)
 
-    def _save_chunk(self, save: _Save, at: int, chunk: bytes, tables: Tables, own: frozenset[bytes]) -> bool:
+    def _save_chunk(
+        self, save: _Save, at: int, chunk: bytes, tables: Tables, own: frozenset[bytes], *, tail_tokens: int = 0
+    ) -> bool:
         parts = []
         for group in self._groups:
             base = at * group.blocks_per_chunk
-            blocks = list(tables[group.index][base : base + group.blocks_per_chunk])
-            missing = _missing(blocks)
-            if len(blocks) < group.blocks_per_chunk or (missing and group.reads_everything):
+            count = tail_tokens // group.block_size if tail_tokens else group.blocks_per_chunk
+            blocks = list(tables[group.index][base : base + count])
+            missing = missing_blocks(blocks)
+            if len(blocks) < count or (missing and group.reads_everything):
                 return False
             parts.append((group.index, missing, blocks[missing:]))
         lacking = tuple(missing for _, missing, _ in parts)
         if (held := self.ledger.lookup(chunk)) is not None:
-            if not _is_fuller(lacking, held.missing):
+            if not is_fuller(lacking, held.missing):
                 return False
             self.ledger.forget(chunk)
-        slot = self.ledger.reserve(chunk, lacking, own)
+        slot = self.ledger.reserve(chunk, lacking, own, hidden=bool(tail_tokens))
         if slot is None:
             return False
         save.slots.append(slot)
@@ -464,7 +495,7 @@ class Planner:
     def _meet_scheduled(self, output: Any, taken: list[int]) -> None:
         """Note who runs, and add the blocks that got an owner in this step to ``taken``."""
         for entry in output.scheduled_new_reqs:
-            taken += _blocks_from(self._groups, entry.block_ids, entry.num_computed_tokens)
+            taken += blocks_from(self._groups, entry.block_ids, entry.num_computed_tokens)
             if (state := self._requests.get(entry.req_id)) is not None:
                 self._start(state, entry.num_computed_tokens)
         cached = output.scheduled_cached_reqs
@@ -543,30 +574,3 @@ class Planner:
         if save.ranks >= self._ranks:
             self.stats.saved(CPU, 0 if save.failed else len(save.slots), 0, 0.0)
             self._end_save(job)
-
-
-def _blocks_from(groups: Iterable[Group], tables: Tables, computed: int) -> list[int]:
-    """The blocks of every table from the one on that holds token ``computed``."""
-    return [block for group in groups for block in tables[group.index][computed // group.block_size :]]
-
-
-def _is_fuller(missing: tuple[int, ...], than: tuple[int, ...]) -> bool:
-    return missing != than and all(here <= there for here, there in zip(missing, than, strict=True))
-
-
-def _missing(blocks: Sequence[int]) -> int:
-    """How many blocks from the first on must be left out so that none of the rest is the null block."""
-    return next((at for at in range(len(blocks), 0, -1) if blocks[at - 1] == NULL_BLOCK), 0)
-
-
-def _present(blocks: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Runs of real blocks: the position of the first, and their ids."""
-    run: list[int] = []
-    for at, block in enumerate(blocks):
-        if block != NULL_BLOCK:
-            run.append(block)
-        elif run:
-            yield at - len(run), run
-            run = []
-    if run:
-        yield len(blocks) - len(run), run

@@ -15,10 +15,12 @@ class RequestState:
 
     ``local`` and ``offered`` are the answer to the engine's last query: the tokens it has itself, and the tokens the
     connector offered beyond them; ``skipped`` are chunks it held back because computing them is predicted to be faster.
-    ``saved`` is the first chunk that has not been considered for saving. ``barred``: a load of this request failed.
+    ``saved`` is the first chunk that has not been considered for saving. ``barred``: a load of this request failed. ``wanted`` names the
+    chunks of the offer, the last of which may be a tail.
     """
 
     __slots__ = (
+        "_tails",
         "barred",
         "chunk_size",
         "chunks",
@@ -34,6 +36,7 @@ class RequestState:
         "skipped",
         "started",
         "waiting_since",
+        "wanted",
     )
 
     def __init__(self, request: Any, chunk_size: int, model: str) -> None:
@@ -52,6 +55,8 @@ class RequestState:
         self.started = False
         self.running = False
         self.waiting_since: float | None = None
+        self.wanted: list[bytes] = []
+        self._tails: tuple[int, list[bytes]] = (-1, [])
 
     def extend(self) -> list[bytes]:
         """The hashes of all whole chunks of known tokens, prompt and generated. About 2 µs per chunk not seen before.
@@ -68,6 +73,23 @@ class RequestState:
             except ValueError:
                 self.eligible = False
         return self.chunks
+
+    def tails(self, at: int, unit: int) -> list[bytes]:
+        """Names of the beginnings of chunk ``at``, of one ``unit`` of known tokens and more, shorter than the chunk.
+
+        A tail is hashed as a chunk of its own size behind the chunk before it, so no chunk has its name.
+        """
+        start = at * self.chunk_size
+        units = max(0, min(self.chunk_size - unit, self.request.num_tokens - start)) // unit
+        if self._tails[0] != at or len(self._tails[1]) < units:
+            self._tails = (at, [self._tail(at, start, count * unit) for count in range(1, units + 1)])
+        return self._tails[1]
+
+    def _tail(self, at: int, start: int, length: int) -> bytes:
+        parent = self.chunks[at - 1] if at else self.root
+        tokens = self.request.all_token_ids[start : start + length]
+        media = [Media(item.hash, item.offset - start, item.length) for item in self.media]
+        return chunk_hashes(parent, tokens, length, media=media)[0]
 
     @property
     def uncached_tokens(self) -> int:

@@ -112,6 +112,8 @@ class WorkerHalf:
         layout = SlotLayout(group_regions(self._cache), [group.blocks_per_chunk for group in groups])
         buffer = _backing(kv_caches)
         budget = self._config.cpu_budget(buffer.numel() * self._ranks) // self._ranks
+        if not self._config.enable_prefix_cache:
+            return
         self.slots = budget // layout.slot_bytes
         if not self.slots:
             if self._config.enable_cpu:

@@ -122,7 +122,7 @@ def _equality(bench: Bench, long: list[int]) -> dict[str, Any]:
 
 
 def _corruption(bench: Bench, long: list[int]) -> dict[str, Any]:
-    fault("corrupt")
+    fault("corrupt 0")
     return {"corrupted": bench.cold_and_warm(long)}
 
 
@@ -210,8 +210,10 @@ def hybrid_scenario(model: str) -> dict[str, Any]:
     bench = Bench(model)
     runs = [bench.cold_and_warm(bench.prompt(length)) for length in (5000, 2048, 700)]
     long = bench.prompt(5000)
-    fault("corrupt")
-    corrupted = bench.cold_and_warm(long)
+    corrupted = []
+    for group in range(3):
+        fault(f"corrupt {group}")
+        corrupted.append(bench.cold_and_warm(long))
     fault("fail")
     failed = bench.cold_and_warm(long)
     fault("")

@@ -1,4 +1,8 @@
-"""The connector with loads that go wrong on command: the file named by ``KV_TEST_FAULT`` says how."""
+"""The connector with loads that go wrong on command.
+
+The file named by ``KV_TEST_FAULT`` says how: ``fail``, ``slow``, or ``corrupt`` and the KV-cache group in which the first
+block loaded is to be spoilt.
+"""
 
 import os
 import time
@@ -14,7 +18,7 @@ from worker_connector.plan import Span
 class FaultyCopier(Copier):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._is_spoilt = False
+        self._done = ""
 
     def to_cache(self, span: Span) -> None:
         fault = Path(os.environ["KV_TEST_FAULT"]).read_text(encoding="utf-8")
@@ -23,9 +27,9 @@ class FaultyCopier(Copier):
         if fault == "slow":
             time.sleep(0.05)
         super().to_cache(span)
-        if fault == "corrupt" and not self._is_spoilt:
+        if fault == f"corrupt {span.group}" != self._done:
             self._spoil(Span(span.slot, span.group, span.at, span.blocks[:1]))
-        self._is_spoilt = fault == "corrupt"
+            self._done = fault
 
     def _spoil(self, block: Span) -> None:
         """Overwrite one block, in every layer of its group."""

@@ -11,7 +11,7 @@ from kv_protocol.messages import Admitted, Removed, Stored, unpack
 from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, prompt
 from worker_connector.ledger import CPU
 from worker_connector.plan import WorkerReport
-from worker_connector.planner import LOAD_SECONDS, OVERDUE_SECONDS
+from worker_connector.planner import LOAD_SECONDS, OVERDUE_SECONDS, TAIL_CHUNKS
 from worker_connector.request_state import external_id
 
 
@@ -509,6 +509,49 @@ def test_heads_outlive_tails() -> None:
     held = set(engine.ledger.content()[CPU])
     assert held >= set(hashes(tokens)[:4])
     assert not held & set(hashes(tokens)[4:])
+
+
+# ---- tails --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [(0,), (0, 10)])
+def test_behind_enough_chunks_the_prompts_last_blocks_are_kept_too(windows: tuple[int, ...]) -> None:
+    engine, tokens = Engine(windows=windows, blocks=200), prompt(60, 5 * CHUNK + 2 * BLOCK + 1)
+    engine.serve("a", tokens)
+    engine.run()
+    assert engine.ledger.content()[CPU] == hashes(tokens), "a tail is no chunk to anybody outside"
+    cold_again(engine)
+    assert engine.serve("same", tokens).answers == [5 * CHUNK + 2 * BLOCK]
+    cold_again(engine)
+    assert engine.serve("longer", [*tokens, *prompt(61, 20)]).answers == [5 * CHUNK + 2 * BLOCK]
+    cold_again(engine)
+    other = [*tokens[: 5 * CHUNK], *prompt(62, 2 * BLOCK + 1)]
+    assert engine.serve("other", other).answers == [5 * CHUNK]
+
+
+def test_a_tail_of_a_whole_prompt_is_taken() -> None:
+    engine, tokens = Engine(), prompt(63, TAIL_CHUNKS * CHUNK + BLOCK)
+    engine.serve("a", tokens)
+    cold_again(engine)
+    assert engine.serve("b", tokens).answers == [TAIL_CHUNKS * CHUNK + BLOCK]
+
+
+def test_short_prompts_keep_no_tail() -> None:
+    engine, tokens = Engine(), prompt(64, TAIL_CHUNKS * CHUNK - 1)
+    engine.serve("a", tokens)
+    cold_again(engine)
+    assert engine.serve("b", tokens).answers == [(TAIL_CHUNKS - 1) * CHUNK]
+
+
+def test_a_tail_gives_its_slot_back_when_its_chunk_is_whole() -> None:
+    engine, tokens = Engine(slots=10), prompt(65, 5 * CHUNK + BLOCK)
+    first = engine.serve("a", tokens, max_tokens=2)
+    engine.run()
+    assert len(engine.ledger._slots) == 6
+    engine.serve("b", [*first.all_token_ids, *prompt(66, CHUNK - BLOCK - 2)])
+    engine.run()
+    assert len(engine.ledger._slots) == 6
+    assert len(engine.ledger.content()[CPU]) == 6
 
 
 # ---- several groups ---------------------------------------------------------------------------------------------
