@@ -1,10 +1,13 @@
 """What the connector costs when nothing can be reused: token throughput with it against without it.
 
-    python benchmarks/overhead.py [--pairs 20] [--json FILE]
+    python benchmarks/overhead.py [--rounds 6] [--pairs 12] [--null] [--json FILE]
 
 Two real vLLM engines (CPU build, the demo's model) run side by side, one with the connector and one without. Each
 pair sends the same kind of work, prompts that no one has sent before, to one engine and then to the other, in an order
-that alternates. Reported: the ratio of token throughputs pair by pair, its median and quartiles.
+that alternates. Two processes of the very same program differ by some percent on a small machine, for as long as they
+live, so each round starts two fresh engines, in alternating order, and the figure is the median over rounds of the
+median ratio of a round's pairs. ``--null`` runs both engines without the connector: what it prints is the method's
+own error.
 """
 
 import argparse
@@ -51,44 +54,53 @@ def throughput(engine: Engine, source: random.Random) -> float:
     return PROMPTS * (PROMPT_TOKENS + ANSWER_TOKENS) / (time.perf_counter() - started)
 
 
-def measure(pairs: int) -> list[tuple[float, float]]:
-    source = random.Random(7)
+def measure_round(model: str, folder: Path, number: int, pairs: int, connector: dict[str, int] | None) -> list[float]:
+    """Ratios of throughput with the connector to throughput without it, one per pair."""
+    source = random.Random(number)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = folder / "model"
-        subprocess.run([sys.executable, "-m", "router.demo_model", str(model)], check=True)
-        engines = [
-            stack.enter_context(start_engine(str(model), folder, connector=connector)) for connector in ({}, None)
-        ]
-        for engine in engines:
+        configurations = {"with": connector, "without": None}
+        engines = {}
+        for name in sorted(configurations, reverse=bool(number % 2)):
+            engines[name] = stack.enter_context(start_engine(model, folder, connector=configurations[name]))
+        for engine in engines.values():
             wait_ready(engine)
+        for engine in engines.values():
             for _ in range(3):
                 throughput(engine, source)
-        results = []
-        for number in range(pairs):
-            order = (0, 1) if number % 2 else (1, 0)
-            seen = {which: throughput(engines[which], source) for which in order}
-            results.append((seen[0], seen[1]))
-            print(
-                f"{number + 1:3}: with {seen[0]:8.0f}, without {seen[1]:8.0f} tokens/s, ratio {seen[0] / seen[1]:.4f}"
-            )
-    return results
+        ratios = []
+        for pair in range(pairs):
+            order = ("with", "without") if pair % 2 else ("without", "with")
+            seen = {name: throughput(engines[name], source) for name in order}
+            ratios.append(seen["with"] / seen["without"])
+        return ratios
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--null", action="store_true", help="both engines without the connector")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    results = measure(arguments.pairs)
-    ratios = [with_it / without for with_it, without in results]
-    quartiles = statistics.quantiles(ratios, n=4)
+    rounds = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = folder / "model"
+        subprocess.run([sys.executable, "-m", "router.demo_model", str(model)], check=True, capture_output=True)
+        for number in range(arguments.rounds):
+            connector = None if arguments.null else {}
+            rounds.append(measure_round(str(model), folder, number, arguments.pairs, connector))
+            print(f"round {number + 1}: median ratio {statistics.median(rounds[-1]):.4f}", flush=True)
+    medians = sorted(statistics.median(ratios) for ratios in rounds)
+    every = statistics.quantiles([ratio for ratios in rounds for ratio in ratios], n=4)
+    result = statistics.median(medians)
     print(
-        f"throughput with / without the connector: median {quartiles[1]:.4f}, quartiles {quartiles[0]:.4f}..{quartiles[2]:.4f}"
+        f"throughput with / without: median of rounds {result:.4f} ({medians[0]:.4f} to {medians[-1]:.4f}); "
+        f"all pairs: median {every[1]:.4f}, quartiles {every[0]:.4f} to {every[2]:.4f}"
     )
     if arguments.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-        figures = {"machine": machine, "pairs": results, "median_ratio": quartiles[1]}
+        figures = {"machine": machine, "null": arguments.null, "rounds": rounds, "median_of_rounds": result}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
