@@ -280,7 +280,7 @@ class Planner:
         whole = first
         while whole < len(chunks) and self.ledger.lookup(chunks[whole]) is not None:
             whole += 1
-        tails = state.tails(whole, self._unit) if state.eligible else []
+        tails = state.tails(whole, self._unit) if state.eligible and whole >= TAIL_CHUNKS else []
         for units in range(len(tails), 0, -1):
             end = whole * self._size + units * self._unit
             wanted = [*chunks[first:whole], tails[units - 1]]
@@ -442,7 +442,7 @@ class Planner:
         units, whole = self._tail_tokens(state) // self._unit, state.request.num_prompt_tokens // self._size
         if not units or not TAIL_CHUNKS <= whole == len(state.chunks):
             return b""
-        tail = state.tails(whole, self._unit)[units - 1]
+        tail = state.name_tail(whole, units * self._unit)
         return b"" if self.ledger.holds(tail) else tail
 
     def _lacks(self, chunk: bytes) -> bool:

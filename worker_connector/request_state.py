@@ -82,10 +82,12 @@ class RequestState:
         start = at * self.chunk_size
         units = max(0, min(self.chunk_size - unit, self.request.num_tokens - start)) // unit
         if self._tails[0] != at or len(self._tails[1]) < units:
-            self._tails = (at, [self._tail(at, start, count * unit) for count in range(1, units + 1)])
+            self._tails = (at, [self.name_tail(at, count * unit) for count in range(1, units + 1)])
         return self._tails[1]
 
-    def _tail(self, at: int, start: int, length: int) -> bytes:
+    def name_tail(self, at: int, length: int) -> bytes:
+        """The name of the first ``length`` tokens of chunk ``at``."""
+        start = at * self.chunk_size
         parent = self.chunks[at - 1] if at else self.root
         tokens = self.request.all_token_ids[start : start + length]
         media = [Media(item.hash, item.offset - start, item.length) for item in self.media]
