@@ -19,7 +19,7 @@ RETRYABLE = frozenset({502, 503, 504})
 WHOLE_BYTES = 1 << 20
 """A response that is no event stream is completed before it is passed on, up to this size."""
 _LONGEST_EVENT = 256 << 10
-_CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
+_CACHED = re.compile(rb'"cached_tokens":\s*(\d{1,15})(?!\d)')
 _ENDS = (b"\n\n", b"\r\n\r\n")
 
 
@@ -75,7 +75,8 @@ async def _whole(
         if not connection.body_begun:
             raise
         delivery.broken = error
-        await client.fail(BadGateway(f"{error}; the response is not complete"))
+        request_id = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
+        await client.fail(BadGateway(f"{error}; the response is not complete"), request_id)
         return
     first_byte()
     delivery.scan(data)
@@ -113,7 +114,10 @@ async def _stream(
             data = await connection.read()
     except UpstreamError as error:
         delivery.broken = error
-        await client.finish(_error_event(error))
+        if any(name == b"content-length" for name, _ in headers):
+            client.hang_up()  # no room was promised for an error event
+        else:
+            await client.finish(_error_event(error))
         return
     await client.finish(held)
 

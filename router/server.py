@@ -39,6 +39,7 @@ class Protocol(HttpToolsProtocol):
 
     def abort(self) -> None:
         """Close at once, without completing the response."""
+        self.cycle.disconnected = True
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:

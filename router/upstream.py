@@ -178,14 +178,16 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._done:
-            # Nothing was asked for: whatever this is, it must not be taken for the next response.
-            self.abort(UpstreamClosed(self._worker, "sent bytes nobody asked for"))
+            self._overrun()
             return
         if not self._head_done:
             self._head_size += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._done:
+                self._overrun()
+                return
             self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))
             return
         if self._chunks or self._done or self._head_done:
@@ -195,6 +197,12 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         elif not self._head_done and self._head_size > MAX_HEAD_BYTES:
             self.abort(UpstreamClosed(self._worker, f"sent a response head above {MAX_HEAD_BYTES} bytes"))
+
+    def _overrun(self) -> None:
+        """More came than was asked for: the response stands, but nothing may be taken for the next one."""
+        self._surplus = True
+        self._transport.abort()
+        self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._until_close and exc is None and not self._done:
@@ -216,6 +224,9 @@ class Connection(asyncio.Protocol):
             self._surplus = True
             return
         self.status = self._parser.get_status_code()
+        if not 100 <= self.status < 600:
+            self.abort(UpstreamClosed(self._worker, f"answered with the status {self.status}, which is none"))
+            return
         if self.status < 200:
             self.headers = []
             return
@@ -357,7 +368,7 @@ class Upstream:
         except TimeoutError as error:
             what = f"accepted no connection within {self._timeouts.connect:g} s"
             raise ConnectFailed(self.worker, what) from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: the host is no name at all
             raise ConnectFailed(self.worker, f"cannot be reached: {error}") from error
 
     def _tick(self) -> None:

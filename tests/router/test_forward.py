@@ -347,3 +347,48 @@ async def open_request(
     finally:
         writer.transport.abort()
         await asyncio.sleep(0)
+
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+EVENTS_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "content"),
+    [
+        ([JSON_HEAD + b"content-length: 2\r\n\r\n{}surplus"], 200, b"{}"),
+        ([JSON_HEAD + b"content-length: 2\r\n\r\n{}", b"surplus"], 200, b"{}"),
+        ([b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + JSON_HEAD + b"content-length: 2\r\n\r\n{}"], 200, b"{}"),
+        ([JSON_HEAD + b'content-length: 5017\r\n\r\n"cached_tokens": ' + b"9" * 5000], 200, b"9"),
+        ([b"HTTP/1.1 999 What\r\ncontent-length: 0\r\n\r\n"], 502, b"999"),
+        ([b"HTTP/1.1 042 What\r\ncontent-length: 0\r\n\r\n"], 502, b"42"),
+        ([b"no http\r\n\r\n"], 502, b"no HTTP response"),
+        ([JSON_HEAD + b"content-length: 9\r\n\r\n{}"], 502, b"not complete"),
+    ],
+)
+def test_simulated_odd_responses_are_passed_on_or_named(sent: list[bytes], status: int, content: bytes) -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(worker, health_interval=60) as gateway:
+            worker.raw_answer = sent
+            headers = {"x-request-id": "mine"}
+            answer = await gateway.client.post("/v1/chat/completions", json=chat_body("x"), headers=headers)
+            assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine")
+            assert content in answer.content
+            worker.raw_answer = []
+            assert (await gateway.chat("still there?")).status_code == 200
+
+    run(scenario())
+
+
+def test_simulated_events_of_a_promised_length_end_with_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        worker.raw_answer = [EVENTS_HEAD + b"content-length: 100\r\n\r\ndata: a\n\n"]
+        async with running_gateway(worker) as gateway:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await gateway.chat("x", stream=True)
+            assert (await gateway.get("/admin/requests"))["requests"][0]["outcome"] == "broken"
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

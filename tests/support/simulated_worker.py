@@ -67,6 +67,7 @@ class SimulatedWorker:
         self.cached_tokens: int | None = None
         self.admit: dict[str, int] | None = None
         self.silent = False
+        self.raw_answer: list[bytes] = []
         self.extra_headers: list[tuple[str, str]] = []
         self.prefill_speed = 1000.0
         self.uncached_tokens = 0
@@ -271,6 +272,11 @@ class SimulatedWorker:
         return 404, {"error": {"message": "not found", "type": "NotFound", "code": 404}}
 
     async def _answer(self, writer: asyncio.StreamWriter, headers: dict[str, str], raw: bytes) -> bool:
+        if self.raw_answer:
+            for part in self.raw_answer:
+                writer.write(part)
+                await asyncio.sleep(0.01)
+            return False
         body = json.loads(raw)
         if self.fail_next or self.status != 200:
             self.fail_next = max(0, self.fail_next - 1)
