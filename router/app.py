@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
 from kv_protocol.messages import Admitted
@@ -11,7 +11,7 @@ from router.accounting import Accounting
 from router.admission import Admission
 from router.client import Client, Receive, Scope, Send
 from router.config import Settings, WorkerSpec
-from router.errors import MethodNotAllowed, NotFound
+from router.errors import ApiError, ClientGone, MethodNotAllowed
 from router.health import Monitor
 from router.index import Index
 from router.metrics import Metrics
@@ -192,11 +192,27 @@ class Application:
             return
         kind = PATHS.get(scope["path"])
         if kind is None:
-            await self._rest(scope, receive, send)
+            await self._serve_rest(Client(scope, receive, send), receive, send)
         elif scope["method"] == "POST":
             await self.gateway.pipeline.handle(Client(scope, receive, send), kind)
         else:
             await Client(scope, receive, send).fail(MethodNotAllowed(f"{scope['path']} takes POST"))
+
+    async def _serve_rest(self, client: Client, receive: Receive, send: Send) -> None:
+        """Every body is read whole, within the bounds of size and time, before anybody looks at it."""
+        settings = self.gateway.settings
+        try:
+            parts = [await client.read_body(settings.max_body_bytes, settings.body_timeout)]
+        except ClientGone:
+            return
+        except ApiError as error:
+            await client.fail(error)
+            return
+
+        async def replay() -> MutableMapping[str, Any]:
+            return {"type": "http.request", "body": parts.pop()} if parts else await receive()
+
+        await self._rest(client.scope, replay, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -216,8 +232,3 @@ def create_app(settings: Settings) -> Application:
 
     gateway = Gateway(settings)
     return Application(gateway, make_rest(gateway))
-
-
-def not_found(path: str) -> NotFound:
-    """The answer for a path nobody serves."""
-    return NotFound(f"there is no {path} here", code="not_found")

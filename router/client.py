@@ -48,8 +48,13 @@ class Client:
         declared = next((value for name, value in self.scope["headers"] if name == b"content-length"), b"0")
         return int(declared) if declared.isdigit() else 0
 
-    async def read_body(self, limit: int, timeout: float) -> bytes:  # noqa: ASYNC109 - one deadline for all of it
-        """The whole body.
+    async def read_body(
+        self,
+        limit: int,
+        timeout: float,  # noqa: ASYNC109 - one deadline for all of it
+        arrived: Callable[[int], None] = lambda _: None,
+    ) -> bytes:
+        """The whole body; ``arrived`` is told how many bytes are here, as they come, and may raise.
 
         Raises:
             TooLarge: it exceeds ``limit`` bytes.
@@ -59,13 +64,13 @@ class Client:
         if self.declared_length > limit:
             raise _too_large(limit)
         if self._connection is not None and self._connection.body_arrived:
-            return await self._read(limit)  # spares the timer
+            return await self._read(limit, arrived)  # spares the timer
         try:
             async with asyncio.timeout(timeout):
-                body = await self._read(limit)
+                body = await self._read(limit, arrived)
         except TimeoutError as error:
             raise RequestTimeout(f"the request's body did not arrive within {timeout:g} s") from error
-        if self._connection is None:
+        if self._connection is None and self._task is not None:
             self._listener = asyncio.create_task(self._listen())
         return body
 
@@ -99,16 +104,17 @@ class Client:
             raise ClientGone("the response could not be completed")
         self._connection.abort()
 
-    async def _read(self, limit: int) -> bytes:
+    async def _read(self, limit: int, arrived: Callable[[int], None]) -> bytes:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientGone("the client left before its request was complete")
         body: bytes = message.get("body", b"")
+        arrived(len(body))
         if not message.get("more_body") and len(body) <= limit:
             return body
-        return await self._read_rest(bytearray(body), limit, more=bool(message.get("more_body")))
+        return await self._read_rest(bytearray(body), limit, arrived, more=bool(message.get("more_body")))
 
-    async def _read_rest(self, body: bytearray, limit: int, *, more: bool) -> bytes:
+    async def _read_rest(self, body: bytearray, limit: int, arrived: Callable[[int], None], *, more: bool) -> bytes:
         while more:
             if len(body) > limit:
                 raise _too_large(limit)
@@ -116,6 +122,7 @@ class Client:
             if message["type"] == "http.disconnect":
                 raise ClientGone("the client left before its request was complete")
             body += message.get("body", b"")
+            arrived(len(body))
             more = message.get("more_body", False)
         if len(body) > limit:
             raise _too_large(limit)

@@ -42,6 +42,8 @@ class WorkerSpec(BaseModel):
     @classmethod
     def _url_is_http(cls, url: str) -> str:
         parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("a worker's URL holds no user and password: http://HOST:PORT")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"a worker is http://HOST:PORT, got {url!r}")
         _ = parts.port  # raises ValueError when it is no port number
@@ -100,7 +102,9 @@ class WorkerSpec(BaseModel):
 class Settings(BaseSettings):
     """Everything that can be set. Times are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
     workers: Annotated[list[WorkerSpec], NoDecode] = Field(
         default=[], description="URL[,reports=HOST:PORT][,name=NAME] of a worker; repeat for each"
@@ -127,7 +131,7 @@ class Settings(BaseSettings):
     max_bodies_bytes: int = Field(default=1 << 30, ge=1024, description="bodies held at once, all requests together")
     max_header_bytes: int = Field(default=64 << 10, ge=1024, description="largest request head")
     max_headers: int = Field(default=100, ge=1, description="most headers in a request")
-    body_timeout: float = Field(default=60.0, gt=0, description="longest wait for a request's body")
+    body_timeout: float = Field(default=60.0, gt=0, description="longest wait for a request's head, and for its body")
     client_timeout: float = Field(default=300.0, gt=0, description="longest stall of a client that does not read")
     connect_timeout: float = Field(default=2.0, gt=0, description="longest wait for a connection to a worker")
     first_byte_timeout: float = Field(default=600.0, gt=0, description="longest wait for a worker's first byte")
@@ -160,6 +164,9 @@ class Settings(BaseSettings):
         twice = {title for title in titles if titles.count(title) > 1}
         if twice:
             raise ValueError(f"workers share a name: {', '.join(sorted(twice))}")
+        urls = [worker.url for worker in self.workers]
+        if again := {url for url in urls if urls.count(url) > 1}:
+            raise ValueError(f"a worker is named once, not again: {', '.join(sorted(again))}")
         return self
 
     @property
@@ -264,4 +271,5 @@ def _explain_one(item: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return _unknown(where)
-    return f"{where}: {item['msg']}" if where else str(item["msg"])
+    text = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: {text}" if where else text

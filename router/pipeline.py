@@ -164,10 +164,14 @@ class Pipeline:
         )
         await self._admission.enter()
         held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            held += self._admission.hold(max(0, size - held))
+
         try:
-            held = self._admission.hold(min(client.declared_length, settings.max_body_bytes))
-            raw = await client.read_body(settings.max_body_bytes, settings.body_timeout)
-            held += self._admission.hold(len(raw) - held)
+            hold(min(client.declared_length, settings.max_body_bytes))
+            raw = await client.read_body(settings.max_body_bytes, settings.body_timeout, hold)
             await self._serve(client, parse_request(kind, raw, headers, request_id), started)
         finally:
             self._admission.free(held)
@@ -373,7 +377,10 @@ class Pipeline:
         if namespace not in plan.hashes:
             model, size = namespace
             root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt=plan.request.cache_salt)
-            plan.hashes[namespace] = [chunk_hashes(root, ids, size) for ids in plan.tokenized.prompts]
+            try:
+                plan.hashes[namespace] = [chunk_hashes(root, ids, size) for ids in plan.tokenized.prompts]
+            except ValueError as error:
+                raise InvalidRequest(str(error), param="prompt") from error
         return plan.hashes[namespace]
 
     def tiers(self, plan: Plan, worker: Worker) -> dict[str, int]:

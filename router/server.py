@@ -1,11 +1,12 @@
 """The HTTP server: uvicorn with httptools and uvloop, and what uvicorn leaves open.
 
-A request's head is bounded while it arrives; a client that stops reading is disconnected after a while; the application
+A request's head is bounded, in bytes and in time, while it arrives; a client that stops reading is disconnected after a while; the application
 learns of a lost connection by a call instead of a waiting task, and can break one off.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.client import CONNECTION
 from router.config import Settings
-from router.errors import TooLarge
+from router.errors import RequestTimeout, TooLarge
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Protocol(HttpToolsProtocol):
 
     max_header_bytes = 64 << 10
     client_timeout = 300.0
+    body_timeout = 60.0
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -31,6 +33,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._stalled: asyncio.TimerHandle | None = None
+        self._overdue: asyncio.TimerHandle | None = None
 
     @property
     def body_arrived(self) -> bool:
@@ -42,12 +45,23 @@ class Protocol(HttpToolsProtocol):
         self.cycle.disconnected = True
         self.transport.abort()
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        super().connection_made(transport)
+        self._await_rest()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > self.max_header_bytes:
                 self._refuse_head()
+        if self._in_head or self.cycle.more_body:
+            self._await_rest()
+        elif self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -59,7 +73,24 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         super().on_headers_complete()
 
+    def _await_rest(self) -> None:
+        """One deadline for the rest of a head, or of a body that nobody reads any more."""
+        if self._overdue is None:
+            self._overdue = self.loop.call_later(self.body_timeout, self._give_up)
+
+    def _give_up(self) -> None:
+        self._overdue = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Whoever reads the body has a deadline of their own.
+            self._await_rest()
+        elif not self.transport.is_closing():
+            error = RequestTimeout(f"no whole request arrived within {self.body_timeout:g} s")
+            self._answer(b"408 Request Timeout", error.body())
+
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
         self.resume_writing()
         super().connection_lost(exc)
         if self.on_lost is not None:
@@ -94,7 +125,7 @@ class Protocol(HttpToolsProtocol):
 
 def make_server(app: Any, settings: Settings) -> uvicorn.Server:
     """A server for ``app``, not started."""
-    members = {"max_header_bytes": settings.max_header_bytes, "client_timeout": settings.client_timeout}
+    members = {name: getattr(settings, name) for name in ("max_header_bytes", "client_timeout", "body_timeout")}
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -110,6 +141,6 @@ def make_server(app: Any, settings: Settings) -> uvicorn.Server:
         date_header=False,
         backlog=2048,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=round(settings.drain_timeout),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
     )
     return uvicorn.Server(config)

@@ -185,7 +185,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self._done:
+            if self.complete:
                 self._overrun()
                 return
             self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))

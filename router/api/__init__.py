@@ -33,6 +33,8 @@ def make_rest(gateway: "Gateway") -> FastAPI:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
             return _answer(MethodNotAllowed(f"{request.url.path} does not take {request.method}"))
+        if error.status_code == 400:
+            return _answer(InvalidRequest(str(error.detail)))
         return _answer(NotFound(f"there is no {request.url.path} here", code="not_found"))
 
     return app
@@ -40,7 +42,7 @@ def make_rest(gateway: "Gateway") -> FastAPI:
 
 def _invalid(error: RequestValidationError) -> InvalidRequest:
     first: dict[str, Any] = dict(error.errors()[0])
-    where = ".".join(str(part) for part in first["loc"][1:])
+    where = ".".join(str(part) for part in first["loc"][1:] if first["type"] != "json_invalid")
     message = f"{where}: {first['msg']}" if where else str(first["msg"])
     return InvalidRequest(json.dumps(message, ensure_ascii=True)[1:-1], param=where or None)
 

@@ -3,13 +3,14 @@
 import asyncio
 import hmac
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict
 
 from router.config import LOOPBACK, WorkerSpec
-from router.errors import Forbidden, InvalidRequest, NotFound, TooLarge, Unauthorized
+from router.errors import Forbidden, InvalidRequest, NotFound, Unauthorized
 from router.splice import Kind
 from router.workers import Worker
 
@@ -63,7 +64,7 @@ def make_admin(gateway: "Gateway") -> APIRouter:
 
     @router.post("/route")
     async def route(request: Request, endpoint: Literal["chat", "completions"] | None = None) -> Any:
-        raw = await _bounded_body(request, gateway.settings.max_body_bytes)
+        raw = await request.body()
         plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
         return explanation(gateway, plan, routed)
 
@@ -191,11 +192,18 @@ def _guard(gateway: "Gateway") -> Any:
                 "Start with --admin-token (or WARMROUTE_ADMIN_TOKEN), or listen on 127.0.0.1",
                 code="admin_closed",
             )
-        elif request.url.hostname not in LOOPBACK:
+        elif not _names_loopback(request.headers.get("host", "")):
             # A page in a browser on this machine can have its own name resolve to 127.0.0.1.
             raise Forbidden("without an admin token the admin endpoints answer to localhost only", code="admin_closed")
 
     return guard
+
+
+def _names_loopback(host: str) -> bool:
+    try:
+        return not host or urlsplit(f"//{host}").hostname in LOOPBACK
+    except ValueError:
+        return False
 
 
 def _find(gateway: "Gateway", name: str) -> Worker:
@@ -204,15 +212,6 @@ def _find(gateway: "Gateway", name: str) -> Worker:
         names = ", ".join(item.name for item in gateway.registry.workers) or "none"
         raise NotFound(f"there is no worker {name!r}; there are: {names}", param="worker", code="worker_not_found")
     return worker
-
-
-async def _bounded_body(request: Request, limit: int) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooLarge(f"the request's body exceeds {limit} bytes")
-    return bytes(body)
 
 
 def _kind_of(raw: bytes) -> Kind:

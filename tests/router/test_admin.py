@@ -245,3 +245,26 @@ def test_simulated_other_servers_work_too() -> None:
         await worker.kill()
 
     run(scenario())
+
+
+def test_simulated_admin_bodies_are_bounded_and_faults_named() -> None:
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start(), max_body_bytes=4096) as gateway:
+            kind = {"content-type": "application/json"}
+            for content, status in ((b"x" * 5000, 413), (b"{", 400), (b'"\xff"', 400), (b"[" * 4000, 400)):
+                answer = await gateway.client.post("/admin/workers", content=content, headers=kind)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (status, None)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "a b", "127.0.0.1@evil.example", "[::1"])
+def test_simulated_admin_without_token_answers_to_this_machines_names_only(host: str) -> None:
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start()) as gateway:
+            answer = await gateway.client.get("/admin/workers", headers={"host": host})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_closed")
+            for own in ("localhost", "127.0.0.1:8080", "[::1]:8080"):
+                assert (await gateway.client.get("/admin/workers", headers={"host": own})).status_code == 200
+
+    run(scenario())

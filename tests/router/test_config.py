@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -140,3 +141,19 @@ def test_version() -> None:
     result = CliRunner().invoke(cli.app, ["version"])
     assert result.exit_code == 0
     assert result.output.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"workers": ["http://user:hidden@h:1"]}, "no user and password"),
+        ({"workers": ["http://h:1,name=a", "http://h:1,name=b"]}, "named once, not again: http://h:1"),
+        ({"queue_timeout": "inf"}, "finite number"),
+        ({"drain_timeout": "nan"}, "finite number"),
+    ],
+)
+def test_settings_that_would_only_hurt_later(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load(flags, {})
+    assert "Value error" not in str(caught.value)
+    assert "hidden" not in str(caught.value)

@@ -381,3 +381,73 @@ async def raw_answer(gateway: RunningGateway, data: bytes) -> bytes:
             return connection.recv(65536)
 
     return await asyncio.to_thread(exchange)
+
+
+async def patient_answer(port: int, data: bytes, seconds: float = 3) -> bytes:
+    """Everything until the other side closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        async with asyncio.timeout(seconds):
+            return await reader.read()
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n",
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea",
+        b"POST /admin/workers HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n{",
+    ],
+)
+def test_simulated_requests_that_never_end_are_ended(begun: bytes) -> None:
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start(), body_timeout=0.3) as gateway:
+            assert b" 408 " in await patient_answer(gateway.port, begun)
+            assert (await gateway.chat("still there?")).status_code == 200
+
+    run(scenario())
+
+
+def test_simulated_slow_answers_outlive_the_deadline_of_their_request() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        worker.first_pause = 0.7
+        async with running_gateway(worker, body_timeout=0.3) as gateway:
+            for _ in range(2):
+                assert (await gateway.chat("slow")).status_code == 200
+
+    run(scenario())
+
+
+def test_simulated_bodies_of_unknown_length_are_counted_as_they_come() -> None:
+    async def scenario() -> None:
+        limits = {"max_body_bytes": 100_000, "max_bodies_bytes": 4096, "body_timeout": 5}
+        async with running_gateway(await SimulatedWorker().start(), **limits) as gateway:
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            part = b"7d0\r\n" + b"x" * 2000 + b"\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(head + part)
+            await until(lambda: gateway.gateway.admission.bytes == 2000)
+            writer.write(part * 2)
+            assert b" 429 " in await reader.readuntil(b"\r\n")
+            await until(lambda: gateway.gateway.admission.bytes == 0)
+            writer.transport.abort()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("ids", [[2**32], [-1, 5], [10**30]])
+def test_simulated_ids_that_are_no_token_ids(ids: list[int]) -> None:
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start()) as gateway:
+            raw = json.dumps({"model": "simulated", "prompt": ids}).encode()
+            status, error = await error_of(gateway, raw, "/v1/completions")
+            assert (status, error["param"]) == (400, "prompt")
+            assert "2^32-1" in error["message"]
+
+    run(scenario())

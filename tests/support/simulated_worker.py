@@ -395,7 +395,7 @@ async def running_gateway(*workers: SimulatedWorker, **settings: Any) -> AsyncIt
     """Serve with these workers, named a, b, …; they are killed at the end."""
     names = [chr(ord("a") + number) for number in range(len(workers))]
     specs = [worker.spec(name) for worker, name in zip(workers, names, strict=True)]
-    quick = {"health_interval": 0.1, "report_heartbeat": 0.2, "seed": 1, "drain_timeout": 1}
+    quick = {"health_interval": 0.1, "report_heartbeat": 0.4, "seed": 1, "drain_timeout": 1}
     server = make_server(
         app := create_app(load({"workers": specs, "port": 0, **quick, **settings}, {})), app.gateway.settings
     )
