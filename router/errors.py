@@ -27,6 +27,9 @@ RouterError
 
 import msgspec
 
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what was expected, not UTF-8, or nested too deeply."""
+
 
 class RouterError(Exception):
     """Root of everything the router raises on purpose."""

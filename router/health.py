@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from router.errors import UpstreamError
+from router.errors import UNDECODABLE, UpstreamError
 from router.workers import ModelCard, Registry, Worker
 
 _DESCRIBE_TIMEOUT_S = 5.0
@@ -39,6 +39,7 @@ class Monitor:
         self._nudged = asyncio.Event()
         self.checked = asyncio.Event()
         self._failures = 0
+        self._said_down = False
         self._qualifying: asyncio.Task[None] | None = None
 
     def nudge(self) -> None:
@@ -50,7 +51,7 @@ class Monitor:
         try:
             while True:
                 self._nudged.clear()
-                await self.check()
+                await self._check_safely()
                 self.checked.set()
                 try:
                     async with asyncio.timeout(self._interval):
@@ -62,6 +63,13 @@ class Monitor:
         finally:
             if self._qualifying is not None:
                 self._qualifying.cancel()
+
+    async def _check_safely(self) -> None:
+        try:
+            await self.check()
+        except Exception:  # noqa: BLE001 - whatever a worker answers, it must not end the checks
+            _log.exception("checking worker %s failed", self._worker.name)
+            self._failed("its answers could not be understood; the router's log says more")
 
     async def check(self) -> None:
         """One check: health, and for a worker that was down also what it serves."""
@@ -81,17 +89,23 @@ class Monitor:
         worker = self._worker
         try:
             models = await worker.upstream.fetch("GET", "/v1/models", timeout=_DESCRIBE_TIMEOUT_S)
+            if models.status != 200:
+                self._failed(f"GET /v1/models answered {models.status}")
+                return
             cards = msgspec.json.decode(models.body, type=_ModelList).data
-        except (UpstreamError, msgspec.DecodeError) as error:
+        except (UpstreamError, *UNDECODABLE) as error:
             self._failed(f"its model list cannot be read: {error}")
             return
-        if models.status != 200 or not cards:
-            self._failed(f"its model list is empty or answered {models.status}")
+        if not cards:
+            self._failed("its model list is empty")
             return
         worker.models = {card.id: card for card in cards}
         worker.has_tokenize = True
         worker.engine_version = await self._version()
         worker.up, worker.down_reason = True, ""
+        self._said_down = False
+        # Another process may answer there now: what was found of the last one is found again.
+        worker.parity, worker.takes_token_ids = "unchecked", False
         self._registry.regroup()
         _log.info("worker %s is up, serving %s", worker.name, ", ".join(worker.models))
         if self._qualifying is not None:
@@ -102,7 +116,7 @@ class Monitor:
         try:
             answer = await self._worker.upstream.fetch("GET", "/version", timeout=self._timeout)
             return str(msgspec.json.decode(answer.body, type=dict[str, str]).get("version", ""))
-        except (UpstreamError, msgspec.DecodeError):
+        except (UpstreamError, *UNDECODABLE):
             return ""
 
     async def _qualify(self) -> None:
@@ -115,7 +129,10 @@ class Monitor:
         self._failures += 1
         worker = self._worker
         if worker.up and (self._failures >= _FAILURES_TO_DOWN or "cannot be reached" in reason):
-            _log.warning("worker %s is down: %s", worker.name, reason)
             worker.mark_down(reason)
-        elif not worker.up:
-            worker.down_reason = reason
+        if worker.up:
+            return
+        worker.down_reason = reason
+        if not self._said_down:
+            self._said_down = True
+            _log.warning("worker %s is down: %s; checked again every %g s", worker.name, reason, self._interval)

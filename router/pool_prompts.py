@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from router.errors import ConfigError, InvalidRequest, Unrenderable, UpstreamError
+from router.errors import UNDECODABLE, ConfigError, InvalidRequest, Unrenderable, UpstreamError
 from router.parity import check_parity
 from router.prompt import PromptBuilder, tokenize_request
 from router.splice import Kind
@@ -112,7 +112,7 @@ class PoolPrompts:
             answer = await worker.upstream.fetch("POST", "/v1/chat/completions", payload, timeout=PROBE_TIMEOUT_S)
             usage = msgspec.json.decode(answer.body).get("usage") or {}
             return answer.status == 200 and usage.get("prompt_tokens") == 2 * len(ids)
-        except (UpstreamError, Unrenderable, msgspec.DecodeError, AttributeError):
+        except (UpstreamError, Unrenderable, *UNDECODABLE, AttributeError):
             return False
 
     async def _by_worker(self, kind: Kind, body: dict[str, Any], workers: Sequence[Worker], why: str) -> Tokenized:
@@ -155,7 +155,7 @@ async def tokenize_at(worker: Worker, request: dict[str, Any]) -> list[int]:
         raise Unrenderable(f"the worker's /tokenize answered {answer.status}")
     try:
         return msgspec.json.decode(answer.body, type=_Tokens).tokens
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise Unrenderable(f"the worker's /tokenize answered no token ids: {error}") from error
 
 

@@ -99,7 +99,10 @@ class Watcher:
             began = loop.time()
             try:
                 await self._stream()
-            except (OSError, ProtocolError, TimeoutError, _Relist) as error:
+            except (OSError, UnicodeError, ProtocolError, TimeoutError, _Relist) as error:
+                self._note(error)
+            except Exception as error:  # noqa: BLE001 - whatever a worker sends, it must not end the watch
+                _log.exception("reports of worker %s could not be taken", self._worker.name)
                 self._note(error)
             finally:
                 self._forget()
@@ -160,6 +163,8 @@ class Watcher:
             case Digest():
                 self._verify(message)
             case Admitted():
+                if min(message.hit_tokens.values(), default=0) < 0:
+                    raise MalformedFrame("the worker reported fewer than no hit tokens")
                 self._admitted(self._worker, message)
             case _:
                 pass

@@ -1,5 +1,6 @@
 """The workers: what each serves, whether it can take requests, how loaded it is, and what is known of its cache."""
 
+import math
 from typing import Literal
 
 import msgspec
@@ -179,8 +180,9 @@ class Worker:
 
     @property
     def prefill_speed(self) -> float:
-        """Tokens per second as the worker measured it; 0 where unknown."""
-        return self.heartbeat.prefill_speed if self.heartbeat is not None else 0.0
+        """Tokens per second as the worker measured it; 0 where unknown, or where its figure is none."""
+        speed = self.heartbeat.prefill_speed if self.heartbeat is not None else 0.0
+        return speed if 0 < speed < math.inf else 0.0
 
     def max_model_len(self, model: str) -> int:
         """Longest context in tokens; 0 where unknown."""

@@ -3,6 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def make_rest(gateway: "Gateway") -> FastAPI:
     """The application, with every error answered as an OpenAI error object."""
-    app = FastAPI(title="warmroute", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="warmroute", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=_Json)
     app.include_router(make_public(gateway))
     app.include_router(make_admin(gateway))
 
@@ -38,6 +39,15 @@ def make_rest(gateway: "Gateway") -> FastAPI:
         return _answer(NotFound(f"there is no {request.url.path} here", code="not_found"))
 
     return app
+
+
+class _Json(Response):
+    """JSON as msgspec writes it: a worker's figure that is no number becomes null, not an error."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
 
 
 def _invalid(error: RequestValidationError) -> InvalidRequest:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict
 
 from router.config import LOOPBACK, WorkerSpec
-from router.errors import Forbidden, InvalidRequest, NotFound, Unauthorized
+from router.errors import UNDECODABLE, Forbidden, InvalidRequest, NotFound, Unauthorized
 from router.splice import Kind
 from router.workers import Worker
 
@@ -217,6 +217,6 @@ def _find(gateway: "Gateway", name: str) -> Worker:
 def _kind_of(raw: bytes) -> Kind:
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from error
     return "completions" if isinstance(body, dict) and "messages" not in body and "prompt" in body else "chat"

@@ -4,7 +4,9 @@ import asyncio
 import random
 from typing import Any
 
-from kv_protocol.messages import Admitted, Snapshot, Stored, encode, pack
+import pytest
+
+from kv_protocol.messages import Admitted, Bye, Heartbeat, Snapshot, Stored, encode, pack
 from router.reports import call
 from tests.support.simulated_worker import CHUNK, RunningGateway, SimulatedWorker, run, running_gateway, until
 
@@ -261,3 +263,63 @@ def test_simulated_control_call() -> None:
         await worker.kill()
 
     run(scenario())
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("speed", [NAN, float("inf"), -1.0])
+def test_simulated_figures_that_are_no_numbers_harm_nothing(speed: float) -> None:
+    async def scenario() -> None:
+        a, b = await SimulatedWorker().start(), await SimulatedWorker().start()
+        a.prefill_speed = speed
+        async with running_gateway(a, b) as gateway:
+            a.publish(Heartbeat(0, 0, 0, NAN, speed, {}, {"cpu": NAN}))
+            a.store("gpu", a.hashes(TEXT))
+            await until(lambda: state(gateway, "a").heartbeat and gateway.gateway.index.sizes("a")["gpu"])
+            answer = await gateway.chat(TEXT)
+            assert (answer.status_code, answer.headers["x-warmroute-worker"]) == (200, "a")
+            assert (await gateway.worker("a"))["healthy"]
+
+    run(scenario())
+
+
+def test_simulated_nonsense_ends_the_stream_and_not_the_watch() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(worker) as gateway:
+            frames = [
+                encode(Admitted("x", 5, {"gpu": -5})),
+                encode(Stored("gpu", b"odd")),
+                b"\xff\xff\xff\xff",
+                b"\x05\x00\x00\x00\xc1\xc1\xc1\xc1\xc1",
+                encode(Bye("enough")),
+            ]
+            for frame in frames:
+                opened = worker.opened
+                for writer in worker.readers:
+                    writer.write(frame)
+                await until(lambda opened=opened: worker.opened > opened, 8)
+                await until(lambda: state(gateway, "a").synced)
+            worker.store("gpu", worker.hashes(TEXT))
+            await until(synced(gateway, "a", worker))
+
+    run(scenario())
+
+
+def test_simulated_an_unforeseen_fault_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(worker) as gateway:
+            watcher = gateway.gateway._watchers["a"]
+
+            def fail(*_: Any) -> None:
+                raise ZeroDivisionError
+
+            watcher._admitted = fail
+            worker.publish(Admitted("x", 1, {}))
+            await until(lambda: worker.opened > 1)
+            await until(lambda: state(gateway, "a").synced)
+
+    run(scenario())
+    assert "could not be taken" in caplog.text

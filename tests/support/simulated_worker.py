@@ -67,6 +67,7 @@ class SimulatedWorker:
         self.cached_tokens: int | None = None
         self.admit: dict[str, int] | None = None
         self.silent = False
+        self.model_list: tuple[int, bytes] | None = None
         self.raw_answer: list[bytes] = []
         self.extra_headers: list[tuple[str, str]] = []
         self.prefill_speed = 1000.0
@@ -238,6 +239,11 @@ class SimulatedWorker:
         self.requests.append((path, headers, body))
         if line[1] == b"POST" and path.startswith(("/v1/chat", "/v1/completions")):
             return await self._watch_client(reader, self._answer(writer, headers, body))
+        if path == "/v1/models" and self.model_list is not None:
+            status, content = self.model_list
+            self._head(writer, status, "application/json", len(content))
+            writer.write(content)
+            return True
         self._json(writer, *self._control(path, body))
         return True
 
