@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from kv_protocol.messages import Admitted
+from kv_protocol.messages import TIERS, Admitted
 from router.metrics import Metrics
 from router.workers import Worker
 
@@ -49,26 +49,37 @@ class _Open(msgspec.Struct, eq=False):
     worker: Worker
     prompts: int
     tolerance: int
+    countable: bool
     judged: bool = False
 
 
 class Accounting:
     """The last decisions, and the comparison of prediction and outcome. Memory is bounded by ``keep``."""
 
-    def __init__(self, keep: int, metrics: Metrics, distrusted: Callable[[Worker], None]) -> None:
+    def __init__(
+        self,
+        keep: int,
+        metrics: Metrics,
+        distrusted: Callable[[Worker], None],
+        miscounted: Callable[[Worker, Decision, int], None],
+    ) -> None:
         self._recent: deque[Decision] = deque(maxlen=keep)
         self._keep = max(keep, 1024)
         self._open: dict[str, _Open] = {}
         self._metrics = metrics
         self._distrusted = distrusted
+        self._miscounted = miscounted
 
     def sent(self, decision: Decision, worker: Worker, *, prompts: int, tolerance: int) -> None:
         """A request goes to a worker, maybe after another failed it. ``tolerance`` is the shortfall in tokens that
-        whole chunks and whole blocks explain; 0 where nothing was predicted."""
+        whole chunks and whole blocks explain; 0 where nothing was predicted. ``prompts`` is how many Admitted messages
+        tell its outcome; 0 where they cannot be told from another's."""
         if decision.attempts == 1:
             self._recent.append(decision)
-        self._open.pop(decision.request_id, None)
-        self._open[decision.request_id] = _Open(decision, worker, prompts, tolerance)
+        previous = self._open.pop(decision.request_id, None)
+        if previous is not None and previous.decision is not decision and previous.decision.outcome == "running":
+            prompts = 0  # two at once by one id: whose an Admitted is, nobody can tell
+        self._open[decision.request_id] = _Open(decision, worker, prompts, tolerance, countable=prompts == 1)
         if len(self._open) > self._keep:
             del self._open[next(iter(self._open))]
 
@@ -77,13 +88,13 @@ class Accounting:
         entry = self._find(message.request_id)
         if entry is None or entry.worker is not worker or entry.prompts <= 0:
             return
-        entry.prompts -= 1
         decision = entry.decision
+        self._compare_count(entry, message.prompt_tokens)
+        entry.prompts -= 1
         totals = decision.actual_hit_tokens or {}
-        decision.actual_hit_tokens = {tier: totals.get(tier, 0) + n for tier, n in message.hit_tokens.items()} | {
-            tier: n for tier, n in totals.items() if tier not in message.hit_tokens
-        }
-        for tier, tokens in message.hit_tokens.items():
+        hits = {tier: tokens for tier, tokens in message.hit_tokens.items() if tier in TIERS}
+        decision.actual_hit_tokens = totals | {tier: totals.get(tier, 0) + tokens for tier, tokens in hits.items()}
+        for tier, tokens in hits.items():
             self._metrics.actual.labels(worker.name, tier).inc(tokens)
         if not entry.prompts:
             self._judge(entry, sum(decision.actual_hit_tokens.values()))
@@ -102,6 +113,15 @@ class Accounting:
         """The latest decisions, latest first."""
         for decision, _ in zip(reversed(self._recent), range(limit), strict=False):
             yield decision
+
+    def _compare_count(self, entry: _Open, tokens: int) -> None:
+        decision = entry.decision
+        if not entry.countable or decision.tokenized_by != "router":
+            return
+        equal = tokens == decision.prompt_tokens
+        self._metrics.of_worker(entry.worker.name).counted(equal=equal)
+        if not equal:
+            self._miscounted(entry.worker, decision, tokens)
 
     def _find(self, request_id: str) -> _Open | None:
         bare = _KIND.sub("", request_id)

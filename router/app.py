@@ -7,7 +7,7 @@ from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
 from kv_protocol.messages import Admitted
-from router.accounting import Accounting
+from router.accounting import Accounting, Decision
 from router.admission import Admission
 from router.client import Client, Receive, Scope, Send
 from router.config import Settings, WorkerSpec
@@ -22,6 +22,8 @@ from router.reports import Sweeper, Watcher
 from router.upstream import Timeouts, Upstream
 from router.workers import Breaker, Registry, Worker
 
+RECHECK_S = 30.0
+"""Shortest time between two comparisons of one worker's tokenization that its own counts ask for."""
 FIRST_CHECK_S = 20.0
 """Longest wait at start for workers to be checked and tokenizers to be loaded."""
 
@@ -39,7 +41,7 @@ class Gateway:
             settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes
         )
         self.metrics = Metrics(self.registry, self.index, self.admission)
-        self.accounting = Accounting(settings.recent_requests, self.metrics, self._distrusted)
+        self.accounting = Accounting(settings.recent_requests, self.metrics, self._distrusted, self._miscounted)
         self.prompts: dict[str, PoolPrompts] = {}
         self.policy = make_policy(settings)
         self.pipeline = Pipeline(
@@ -113,6 +115,8 @@ class Gateway:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for prompts in self.prompts.values():
+            prompts.forget(worker)
         self._spawn(self._retire(worker))
 
     def _watcher(self, worker: Worker) -> Watcher:
@@ -148,6 +152,21 @@ class Gateway:
         _log.warning("worker %s reused less than predicted again and again: its cache is listed again", worker.name)
         if watcher := self._watchers.get(worker.name):
             watcher.relist("trust")
+
+    def _miscounted(self, worker: Worker, decision: Decision, tokens: int) -> None:
+        """A worker counted other prompt tokens than were counted here: compare its tokenization at once."""
+        now = asyncio.get_running_loop().time()
+        pool = self.registry.pools.get(decision.model)
+        prompts = self.prompts.get(pool.base) if pool is not None else None
+        if prompts is None or now < worker.recheck_after:
+            return
+        worker.recheck_after = now + RECHECK_S
+        _log.warning(
+            "worker %s counted %d prompt tokens of request %s, here they are %d: its tokenization is compared again",
+            *(worker.name, tokens, decision.request_id, decision.prompt_tokens),
+        )
+        worker.parity = "unchecked"
+        self._spawn(prompts.check(worker))
 
     async def _qualify(self, worker: Worker) -> None:
         for model in [card.id for card in worker.models.values() if not card.parent]:

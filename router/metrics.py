@@ -30,6 +30,7 @@ class Metrics:
         self.predicted = self._counter("predicted_hit_tokens", "Prompt tokens expected to be reused", "worker")
         self.actual = self._counter("actual_hit_tokens", "Prompt tokens reused, as reported", "worker", "tier")
         self.predictions = self._counter("predictions", "Predictions compared with the outcome", "worker", "result")
+        self.token_counts = self._counter("token_counts", "Prompt lengths compared", "worker", "result")
         self.tokenized = self._counter("tokenized_prompts", "Who tokenized the prompts", "model", "by")
         self.ttft = self._histogram("ttft_seconds", "From request to first response byte", _SECONDS, "worker")
         self.duration = self._histogram("request_seconds", "From request to last byte", _SECONDS, "worker")
@@ -49,7 +50,7 @@ class Metrics:
         """Drop the series of a removed worker, so that they do not pile up."""
         self._of_worker.pop(worker, None)
         by_worker = (self.prompt_tokens, self.predicted, self.requests, self.actual, self.predictions, self.failures)
-        for family in (*by_worker, self.abandoned, self.broken, self.ttft, self.duration):
+        for family in (*by_worker, self.token_counts, self.abandoned, self.broken, self.ttft, self.duration):
             family.remove_by_labels({"worker": worker})
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -67,9 +68,17 @@ class WorkerSeries:
         self.predicted = metrics.predicted.labels(worker)
         self.ttft = metrics.ttft.labels(worker)
         self.duration = metrics.duration.labels(worker)
+        self._counts = {
+            equal: metrics.token_counts.labels(worker, result)
+            for equal, result in ((True, "equal"), (False, "different"))
+        }
         self._requests = metrics.requests
         self._worker = worker
         self._by_status: dict[tuple[str, int], Counter] = {}
+
+    def counted(self, *, equal: bool) -> None:
+        """Count a comparison of a prompt's length here and at the worker."""
+        self._counts[equal].inc()
 
     def answered(self, model: str, status: int) -> None:
         """Count a response."""

@@ -39,6 +39,9 @@ from router.workers import Flight, Pool, Registry, Worker
 PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _TARGETS: Mapping[Kind, bytes] = {kind: path.encode() for path, kind in PATHS.items()}
 _RETRY_AFTER_S = 1.0
+SAMPLE_EVERY = 64
+"""Of this many requests to a worker that could carry token ids, one travels as text: the length the worker then reports
+shows whether it still tokenizes as the router does."""
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +142,7 @@ class Pipeline:
 
     def choose(self, plan: Plan, exclude: Mapping[str, object], policy: Policy | None = None) -> Routed | None:
         """Look up and choose; None when no worker is left that can take the request."""
-        workers = self._available(plan.pool, exclude)
+        workers = self._takers(plan, exclude)
         if not workers:
             return None
         hits = self._look_up(plan, workers)
@@ -240,7 +243,7 @@ class Pipeline:
 
         def may_retry() -> bool:
             others = {**journey.failures, worker.name: None}
-            return len(journey.failures) < self._settings.retries and bool(self._available(plan.pool, others))
+            return len(journey.failures) < self._settings.retries and bool(self._takers(plan, others))
 
         head, body = self._upstream_request(journey.client, plan, worker)
         return await forward(
@@ -260,10 +263,14 @@ class Pipeline:
         if journey.failures:
             decision.reason += f"; after {', '.join(journey.failures)} failed"
         decision.predicted_hit_tokens = hit.total
+        decision.outcome = "running"
         decision.attempts += 1
         known = worker.hello is not None and plan.prompt_tokens > 0
         tolerance = worker.hello.chunk_size * len(plan.tokenized.prompts) if known and worker.hello else 0
-        self._accounting.sent(decision, worker, prompts=len(plan.tokenized.prompts) or 1, tolerance=tolerance)
+        prompts = len(plan.tokenized.prompts) or 1
+        if prompts > 1 and plan.request.body.get("n") not in (None, 1):
+            prompts = 0  # each prompt is admitted once per copy, in any order
+        self._accounting.sent(decision, worker, prompts=prompts, tolerance=tolerance)
         series = self._metrics.of_worker(worker.name)
         series.prompt_tokens.inc(plan.prompt_tokens)
         series.predicted.inc(hit.total)
@@ -307,12 +314,14 @@ class Pipeline:
             return request.raw
         if not can_carry_ids(request.body, request.kind):
             return request.raw
-        if request.kind == "chat":
-            if not worker.takes_token_ids:
-                return request.raw
-            return splice_token_ids(request.raw, tokenized.prompts[0], "chat")
-        if not _is_text(request.body.get("prompt")):
+        takes = worker.takes_token_ids if request.kind == "chat" else _is_text(request.body.get("prompt"))
+        if not takes:
             return request.raw
+        worker.sent_ids += 1
+        if not worker.sent_ids % SAMPLE_EVERY:
+            return request.raw
+        if request.kind == "chat":
+            return splice_token_ids(request.raw, tokenized.prompts[0], "chat")
         several = isinstance(request.body["prompt"], list)
         return splice_token_ids(request.raw, tokenized.prompts if several else tokenized.prompts[0], "completions")
 
@@ -345,6 +354,12 @@ class Pipeline:
         now = asyncio.get_running_loop().time()
         return [worker for worker in pool.workers if worker.name not in exclude and worker.available(now)]
 
+    def _takers(self, plan: Plan, exclude: Mapping[str, object]) -> list[Worker]:
+        """The available workers whose context the prompt fits, as far as both are known."""
+        longest = max(map(len, plan.tokenized.prompts), default=0)
+        available = self._available(plan.pool, exclude)
+        return [worker for worker in available if not (room := _context(worker, plan.pool)) or longest < room]
+
     def _worth_asking(self, pool: Pool) -> list[Worker]:
         """Workers that can tokenize, where anything is gained from it: hits to compare."""
         workers = self._available(pool, ()) if self._policy.uses_hits else []
@@ -352,7 +367,7 @@ class Pipeline:
         return [worker for worker in workers if known and worker.has_tokenize]
 
     def _check_context(self, request: Request, pool: Pool, longest: int) -> None:
-        limits = [worker.max_model_len(pool.model) or worker.max_model_len(pool.base) for worker in pool.workers]
+        limits = [_context(worker, pool) for worker in pool.workers]
         limit = max(limits, default=0)
         if limit and all(limits) and longest >= limit:
             raise ContextTooLong(
@@ -413,7 +428,14 @@ def _why_not(worker: Worker) -> str:
         return worker.down_reason
     if worker.draining:
         return "draining"
-    return "kept out after failures" if worker.breaker.state != "closed" else "failed this request"
+    if worker.breaker.state != "closed":
+        return "kept out after failures"
+    return "failed this request, or has too short a context for it"
+
+
+def _context(worker: Worker, pool: Pool) -> int:
+    """Longest context in tokens; 0 where unknown. An adapter's is its base model's unless it names its own."""
+    return worker.max_model_len(pool.model) or worker.max_model_len(pool.base)
 
 
 def _is_text(prompt: Any) -> bool:

@@ -40,7 +40,8 @@ class PoolPrompts:
     def __init__(self, model: str) -> None:
         self.model = model
         self.builder: PromptBuilder | None = None
-        self.why_not = "the tokenizer is not loaded yet"
+        self._fault = "the tokenizer is not loaded yet"
+        self._disagreeing: dict[str, str] = {}
         self._logged: set[str] = set()
 
     @property
@@ -48,19 +49,26 @@ class PoolPrompts:
         """Who tokenizes this model's prompts, where it can."""
         return "router" if self.builder is not None and not self.why_not else "worker"
 
+    @property
+    def why_not(self) -> str:
+        """Why prompts are not tokenized here; empty when they are."""
+        return self._fault or next(iter(self._disagreeing.values()), "")
+
     async def load(self, where: str, chat_template: str, max_model_len: int) -> None:
         """Load the tokenizer; failing leaves tokenization to the workers."""
         if not where:
-            self._fall_back("no tokenizer: the worker's model list names none")
+            self._fault = "no tokenizer: the worker's model list names none"
+            self._log_once(self._fault)
             return
         try:
             self.builder = await asyncio.to_thread(
                 PromptBuilder.load, where, chat_template or None, max_model_len=max_model_len or None
             )
         except (ConfigError, Unrenderable) as error:
-            self._fall_back(str(error))
+            self._fault = str(error)
+            self._log_once(self._fault)
         else:
-            self.why_not = ""
+            self._fault = ""
 
     async def tokenize(self, kind: Kind, body: dict[str, Any], workers: Sequence[Worker]) -> Tokenized:
         """Token ids of a request's prompts; one of ``workers`` may be asked for them.
@@ -95,8 +103,14 @@ class PoolPrompts:
             _log.warning("tokenization of %s could not be compared with worker %s: %s", self.model, worker.name, error)
             return
         worker.parity = "exact" if parity.ok else "mismatch"
+        self.forget(worker)
         if not parity.ok:
-            self._fall_back(f"worker {worker.name} tokenizes otherwise: {parity.mismatch}")
+            why = self._disagreeing[worker.name] = f"worker {worker.name} tokenizes otherwise: {parity.mismatch}"
+            self._log_once(why)
+
+    def forget(self, worker: Worker) -> None:
+        """A worker that disagreed is gone, or agrees now."""
+        self._disagreeing.pop(worker.name, None)
 
     async def probe_token_ids(self, worker: Worker) -> bool:
         """Whether the worker takes a chat's token ids instead of its text: a request of one token tells, by the number
@@ -127,14 +141,10 @@ class PoolPrompts:
         except (UpstreamError, Unrenderable, InvalidRequest) as error:
             return Tokenized((), "nobody", f"{why}; {error}")
 
-    def _fall_back(self, why: str) -> None:
-        self.why_not = why
-        self._log_once(why)
-
     def _log_once(self, why: str) -> None:
         if why not in self._logged and len(self._logged) < 64:
             self._logged.add(why)
-            _log.warning("prompts of %s are not tokenized here: %s", self.model, why)
+            _log.warning("prompts of %s are not tokenized here: %.500s", self.model, why)
 
 
 async def tokenize_at(worker: Worker, request: dict[str, Any]) -> list[int]:

@@ -155,6 +155,8 @@ class Worker:
         self.reports_error = ""
         self.parity: Parity = "unchecked"
         self.takes_token_ids = False
+        self.recheck_after = 0.0
+        self.sent_ids = 0
         self.has_tokenize = True
         self.trust = 1.0
         self.relists: dict[str, int] = {}

@@ -67,6 +67,7 @@ class SimulatedWorker:
         self.cached_tokens: int | None = None
         self.admit: dict[str, int] | None = None
         self.silent = False
+        self.extra_tokens = 0
         self.model_list: tuple[int, bytes] | None = None
         self.raw_answer: list[bytes] = []
         self.extra_headers: list[tuple[str, str]] = []
@@ -273,7 +274,7 @@ class SimulatedWorker:
             case "/version":
                 return 200, {"version": "0.0-simulated"}
             case "/tokenize":
-                tokens = prompt_tokens(json.loads(body))
+                tokens = self.tokenize(json.loads(body))
                 return 200, {"tokens": tokens, "count": len(tokens), "max_model_len": self.max_model_len}
         return 404, {"error": {"message": "not found", "type": "NotFound", "code": 404}}
 
@@ -290,12 +291,17 @@ class SimulatedWorker:
             return True
         await self.hold_head.wait()
         await asyncio.sleep(self.first_pause)
-        tokens = prompt_tokens(body)
+        tokens = self.tokenize(body)
         if self.admit is not None:
             self.publish(Admitted("chatcmpl-" + headers["x-request-id"], len(tokens), self.admit))
         if body.get("stream"):
             return await self._stream(writer, headers, tokens)
         return self._whole(writer, headers, tokens)
+
+    def tokenize(self, body: dict[str, Any]) -> list[int]:
+        """What it makes of a request; ``extra_tokens`` more than it should, where it tokenizes itself."""
+        given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
+        return prompt_tokens(body) + ([0] * self.extra_tokens if given is None else [])
 
     def _usage(self, tokens: list[int]) -> dict[str, Any]:
         usage: dict[str, Any] = {"prompt_tokens": len(tokens), "completion_tokens": self.words}
