@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import signal
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
@@ -37,6 +38,7 @@ def serve(config: str | None, **flags: Any) -> None:
     if not settings.workers:
         _quit("no workers: name at least one with --worker http://HOST:PORT")
     _warn_if_open(settings)
+    _drain_on_hangup()
     from router.app import create_app  # noqa: PLC0415 - keeps the other commands quick
     from router.server import make_server  # noqa: PLC0415
 
@@ -96,6 +98,13 @@ def main() -> None:
 def _quit(message: str) -> Any:
     typer.echo(f"warmroute: {message}", err=True)
     raise typer.Exit(2)
+
+
+def _drain_on_hangup() -> None:
+    """A terminal that goes away stops the gateway as SIGTERM does, without losing requests; under nohup it does not."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+        signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 def _warn_if_open(settings: Settings) -> None:

@@ -28,6 +28,7 @@ class Client:
         self._listener: asyncio.Task[None] | None = None
         self.gone = False
         self.started = False
+        self.finished = False
 
     def __enter__(self) -> Self:
         self._task = asyncio.current_task()
@@ -84,6 +85,7 @@ class Client:
 
     async def finish(self, data: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": data})
+        self.finished = True
 
     async def fail(self, error: ApiError, request_id: str = "") -> None:
         """Answer with an error object."""

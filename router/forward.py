@@ -5,6 +5,7 @@ worker dies in the middle of one, the client gets every event that was complete 
 one. Nothing is sent to the client before the first body byte is there, so that until then another worker can take over.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
 
@@ -112,6 +113,10 @@ async def _stream(
             if data:
                 await client.write(data)
             data = await connection.read()
+    except asyncio.CancelledError:
+        if not client.gone:
+            await client.finish(_error_event("the gateway is stopping"))
+        raise
     except UpstreamError as error:
         delivery.broken = error
         if any(name == b"content-length" for name, _ in headers):
@@ -132,7 +137,7 @@ def _whole_events(data: bytes) -> tuple[bytes, bytes]:
     return data[:end], data[end:]
 
 
-def _error_event(error: UpstreamError) -> bytes:
+def _error_event(error: object) -> bytes:
     return b"data: " + BadGateway(f"{error}; the response is not complete", code="worker_failed").body() + b"\n\n"
 
 

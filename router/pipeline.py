@@ -111,9 +111,10 @@ class Pipeline:
                 pass
             except asyncio.CancelledError:
                 task = asyncio.current_task()
-                if not client.gone or task is None:
-                    raise
-                task.uncancel()
+                if task is not None:
+                    task.uncancel()
+                if not client.gone:
+                    await self._stop(client, request_id)
             except ApiError as error:
                 self._metrics.rejected.labels(error.status, error.code or error.type).inc()
                 await client.fail(error, request_id)
@@ -125,6 +126,13 @@ class Pipeline:
                     await client.fail(
                         ApiError("the router failed; its log says why", code="internal_error"), request_id
                     )
+
+    async def _stop(self, client: Client, request_id: str) -> None:
+        """The gateway ends, and this request outlasted the time it was given to finish."""
+        if client.started and not client.finished:
+            client.hang_up()
+        elif not client.started:
+            await client.fail(Unavailable("the gateway is stopping: try again", retry_after=_RETRY_AFTER_S), request_id)
 
     async def plan(self, request: Request) -> Plan:
         """Tokenize and hash.

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
+from router import cli
 from router.forward import _whole_events
 from tests.support.simulated_worker import (
     RunningGateway,
@@ -392,3 +395,41 @@ def test_simulated_events_of_a_promised_length_end_with_the_connection(caplog: p
 
     run(scenario())
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_simulated_requests_that_outlast_the_stop_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        streaming, waiting = await SimulatedWorker().start(), await SimulatedWorker().start()
+        streaming.pause = 30
+        waiting.hold_head.clear()
+        async with httpx.AsyncClient(timeout=15) as client, AsyncExitStack() as stack:
+            gateway = await stack.enter_async_context(running_gateway(streaming, waiting, policy="round-robin"))
+            url = f"http://127.0.0.1:{gateway.port}/v1/chat/completions"
+            stream = asyncio.create_task(client.post(url, json=chat_body("x", stream=True)))
+            await until(lambda: streaming.served("/v1/chat/completions"))
+            whole = asyncio.create_task(client.post(url, json=chat_body("x")))
+            await until(lambda: waiting.served("/v1/chat/completions"))
+            stopping = asyncio.create_task(stack.pop_all().aclose())
+            assert "the gateway is stopping" in (await stream).text.split("\n\n")[-2]
+            answer = await whole
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_worker_available")
+            await stopping
+
+    run(scenario())
+    assert "Traceback" not in caplog.text
+
+
+def test_hangup_stops_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        cli._drain_on_hangup()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        cli._drain_on_hangup()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert raised == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
