@@ -15,7 +15,10 @@ Rules kept here:
 - Behind enough whole chunks, the beginning of a prompt's last chunk (its tail) is saved too, down to whole blocks, in
   a slot that nobody outside sees; it goes when the chunk is whole.
 - Blocks that get another owner while a save still reads them are named in the next plan, and workers finish those
-  saves before anything writes to the blocks.
+  saves before anything writes to the blocks. Blocks that the engine zeroes or copies to may be written to even before
+  that: a save that still reads them is not believed.
+- A chunk's hash binds a LoRA adapter by name. When a name gets another adapter, all that was saved goes, and requests
+  that still run with the one before neither load nor save.
 
 Nothing here knows vLLM's classes, only the names of their fields; everything runs on the engine's thread except
 ``heartbeat``, ``content`` and ``digests``.
@@ -37,7 +40,7 @@ from worker_connector.estimate import Estimator
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot
 from worker_connector.plan import LoadJob, SaveJob, Span, StepPlan, WorkerReport
-from worker_connector.request_state import RequestState, external_id
+from worker_connector.request_state import Adapter, RequestState, external_id
 from worker_connector.stats import Stats
 
 LOAD_SECONDS = 10.0
@@ -113,6 +116,7 @@ class Planner:
         self._may_save = may_save and config.enable_prefix_cache
         self._clock = clock
         self._requests: dict[str, RequestState] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._loads: dict[str, _Load] = {}
         self._loading: dict[bytes, str] = {}
         self._bytes_loading = 0
@@ -174,6 +178,7 @@ class Planner:
             taken, self._taken_blocks = self._taken_blocks, []
             self._meet_scheduled(output, taken)
             self._meet_preempted(output)
+            self._distrust_saves(output)
             plan.settle = self._saves_reading(taken)
             plan.save = self._plan_save(output)
             plan.step = self._time_step(output)
@@ -256,8 +261,22 @@ class Planner:
         state = self._requests.get(request.request_id)
         if state is None or state.request is not request:
             state = RequestState(request, self._size, self._model)
+            self._meet_adapter(state)
             self._requests[request.request_id] = state
         return state
+
+    def _meet_adapter(self, state: RequestState) -> None:
+        if state.adapter is None:
+            return
+        name, loaded = state.adapter
+        if self._adapters.setdefault(name, loaded) == loaded:
+            return
+        self._adapters[name] = loaded
+        _log.warning("The LoRA adapter %s is another one now: the CPU tier is emptied", name)
+        self.ledger.clear_cpu()
+        for other in self._requests.values():
+            if other.adapter is not None and other.adapter[0] == name:
+                other.eligible = False
 
     def _loadable(self, state: RequestState, computed: int) -> int | None:
         state.skipped = 0
@@ -532,6 +551,11 @@ class Planner:
         if not self._readers_of:
             return []
         return sorted({self._readers_of[block] for block in taken if block in self._readers_of})
+
+    def _distrust_saves(self, output: Any) -> None:
+        targets = [target for _, target in getattr(output, "kv_cache_block_copies", None) or ()]
+        for job in self._saves_reading([*targets, *(getattr(output, "new_block_ids_to_zero", None) or ())]):
+            self._saves[job].failed = True
 
     def _time_step(self, output: Any) -> int:
         """A number to time this step by; 0 for one that computes few prompt tokens."""

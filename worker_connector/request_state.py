@@ -5,6 +5,9 @@ from typing import Any
 
 from kv_protocol.hashing import Media, chunk_hashes, root_hash
 
+Adapter = tuple[str, int]
+"""What a LoRA adapter was loaded from: its path, and the engine's number for it."""
+
 _COMPLETION_ID = re.compile(r"(?:\d+_)?cmpl-(?P<id>.+?)-\d+(?:-[0-9a-f]{8})?")
 _CHAT_ID = re.compile(r"(?:\d+_)?chatcmpl-(?P<id>.+?)(?:-[0-9a-f]{8})?")
 _RANDOM_SUFFIX = re.compile(r"(?P<id>.+)-[0-9a-f]{8}")
@@ -20,7 +23,9 @@ class RequestState:
     """
 
     __slots__ = (
+        "_prompt_tokens",
         "_tails",
+        "adapter",
         "barred",
         "chunk_size",
         "chunks",
@@ -46,6 +51,7 @@ class RequestState:
         self.eligible = has_tokens(request)
         self.root = root_of(request, chunk_size, model) if self.eligible else b""
         self.media = media_of(request) if self.eligible else ()
+        self.adapter = adapter_of(request)
         self.local = 0
         self.offered = 0
         self.loaded = 0
@@ -57,12 +63,15 @@ class RequestState:
         self.waiting_since: float | None = None
         self.wanted: list[bytes] = []
         self._tails: tuple[int, list[bytes]] = (-1, [])
+        self._prompt_tokens: int = request.num_prompt_tokens
 
     def extend(self) -> list[bytes]:
         """The hashes of all whole chunks of known tokens, prompt and generated. About 2 µs per chunk not seen before.
 
         Placeholders for tokens that are still being sampled, and draft tokens, are not known tokens.
         """
+        if self.request.num_prompt_tokens != self._prompt_tokens:
+            self._begin_again()
         size, have = self.chunk_size, len(self.chunks)
         whole = self.request.num_tokens // size
         if whole > have and self.eligible:
@@ -73,6 +82,12 @@ class RequestState:
             except ValueError:
                 self.eligible = False
         return self.chunks
+
+    def _begin_again(self) -> None:
+        """A session that streams its input got more of it, perhaps with media, in the place of its last token."""
+        self._prompt_tokens = self.request.num_prompt_tokens
+        self.media = media_of(self.request) if self.eligible else ()
+        self.chunks, self._tails = [], (-1, [])
 
     def tails(self, at: int, unit: int) -> list[bytes]:
         """Names of the beginnings of chunk ``at``, of one ``unit`` of known tokens and more, shorter than the chunk.
@@ -115,6 +130,14 @@ def root_of(request: Any, chunk_size: int, model: str) -> bytes:
         lora=lora.lora_name if lora is not None else "",
         cache_salt=getattr(request, "cache_salt", None) or "",
     )
+
+
+def adapter_of(request: Any) -> tuple[str, Adapter] | None:
+    """A request's LoRA adapter by name, and what it was loaded from."""
+    lora = getattr(request, "lora_request", None)
+    if lora is None:
+        return None
+    return lora.lora_name, (getattr(lora, "lora_path", ""), getattr(lora, "lora_int_id", 0))
 
 
 def media_of(request: Any) -> tuple[Media, ...]:

@@ -64,7 +64,7 @@ class Request:
 
     def prefixes(self) -> list[int]:
         """A hash of the prefix that ends with each token."""
-        value, hashes = hash((self.cache_salt,)), []
+        value, hashes = hash((self.cache_salt, getattr(self.lora_request, "lora_path", ""))), []
         for token in self.all_token_ids:
             value = hash((value, token))
             hashes.append(value)

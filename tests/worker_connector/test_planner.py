@@ -91,6 +91,51 @@ def test_another_salt_or_adapter_shares_nothing() -> None:
     assert engine.planner.match(request, 0) == (0, False)
 
 
+def adapter(path: str, number: int = 1) -> Any:
+    return SimpleNamespace(lora_name="x", lora_path=path, lora_int_id=number)
+
+
+@pytest.mark.parametrize("other", [adapter("/b"), adapter("/a", 2)], ids=["path", "number"])
+def test_an_adapter_loaded_again_under_its_name_shares_nothing_with_the_one_before(
+    other: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, tokens = Engine(), prompt(6, 2 * CHUNK + 1)
+    engine.serve("a", tokens, lora_request=adapter("/a"))
+    cold_again(engine)
+    assert engine.serve("b", tokens, lora_request=adapter("/a")).answers == [2 * CHUNK]
+    cold_again(engine)
+    assert engine.serve("c", tokens, lora_request=other).answers == [0]
+    cold_again(engine)
+    assert engine.serve("d", tokens, lora_request=other).answers == [2 * CHUNK]
+    assert len([record for record in caplog.records if "another one now" in record.message]) == 1
+
+
+def test_a_request_of_the_adapter_before_saves_nothing_under_the_shared_name() -> None:
+    engine, tokens = Engine(step_tokens=CHUNK), prompt(6, 4 * CHUNK + 1)
+    engine.hold_saves = True
+    engine.add("old", tokens, lora_request=adapter("/a"))
+    engine.step()
+    engine.add("new", prompt(7, CHUNK + 1), lora_request=adapter("/b"))
+    engine.hold_saves = False
+    cold_again(engine)
+    assert engine.ledger.content()[CPU] == hashes(prompt(7, CHUNK + 1), lora="x")
+    assert engine.serve("again", tokens, lora_request=adapter("/b")).answers == [0]
+
+
+def test_a_session_that_gets_more_input_is_hashed_as_it_is_now() -> None:
+    engine, tokens = Engine(), prompt(6, CHUNK - 1)
+    request = engine.add("a", tokens)
+    state = engine.planner._requests["a"]
+    request.outputs.append(1)
+    assert state.extend() == hashes([*tokens, 1])
+    picture = SimpleNamespace(identifier="pic", mm_position=SimpleNamespace(offset=CHUNK - 1, length=3))
+    request.outputs.clear()
+    request.prompt_token_ids, request.mm_features = [*tokens, 2, 2, 2, *tokens], [picture]
+    root = root_hash(chunk_size=CHUNK, model="m")
+    assert state.extend() == chunk_hashes(root, request.prompt_token_ids, CHUNK, media=[Media("pic", CHUNK - 1, 3)])
+    engine.run()
+
+
 def test_media_are_part_of_a_chunks_name() -> None:
     engine, tokens = Engine(), prompt(7, 2 * CHUNK + 1)
     picture = SimpleNamespace(identifier="pic", mm_position=SimpleNamespace(offset=CHUNK + 2, length=5))
@@ -360,6 +405,27 @@ def test_a_save_is_settled_before_its_blocks_get_another_owner() -> None:
     engine.hold_saves = False
     cold_again(engine)
     engine.serve("c", tokens)
+
+
+@pytest.mark.parametrize("kind", ["zeroed", "copied to"])
+def test_a_save_of_blocks_that_are_written_before_it_is_settled_is_not_believed(kind: str) -> None:
+    engine, tokens = Engine(), prompt(31, 2 * CHUNK + 1)
+    engine.hold_saves = True
+    engine.add("a", tokens)
+    block = next(plan for plan in iter(engine.step, None) if plan.save).save.spans[0].blocks[0]
+    schedule = engine._schedule
+
+    def schedule_writes() -> Any:
+        output = schedule()
+        output.new_block_ids_to_zero = [block] if kind == "zeroed" else None
+        output.kv_cache_block_copies = [(block + 1, block)] if kind == "copied to" else None
+        return output
+
+    engine._schedule = schedule_writes  # type: ignore[method-assign]
+    engine.step()
+    engine.hold_saves = False
+    engine.run()
+    assert engine.ledger.content()[CPU] == []
 
 
 def test_a_save_is_settled_before_a_load_writes_to_its_blocks() -> None:
