@@ -39,6 +39,7 @@ def serve(config: str | None, **flags: Any) -> None:
         _quit("no workers: name at least one with --worker http://HOST:PORT")
     _warn_if_open(settings)
     _drain_on_hangup()
+    _raise_file_limit(settings)
     from router.app import create_app  # noqa: PLC0415 - keeps the other commands quick
     from router.server import make_server  # noqa: PLC0415
 
@@ -105,6 +106,25 @@ def _drain_on_hangup() -> None:
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
         signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+def _raise_file_limit(settings: Settings) -> None:
+    """A request takes two connections; beyond the limit of open files clients are reset without a word."""
+    try:
+        import resource  # noqa: PLC0415 - not on every system
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * settings.max_in_flight + settings.max_queue + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            logging.getLogger(__name__).warning(
+                "only %d files may be open, and %d requests in flight and %d waiting may need %d: "
+                "raise the limit (ulimit -n), or lower --max-in-flight and --max-queue",
+                *(soft, settings.max_in_flight, settings.max_queue, wanted),
+            )
 
 
 def _warn_if_open(settings: Settings) -> None:
