@@ -5,7 +5,7 @@ load never queues behind a save. What the engine's thread may rely on:
 
 - ``load`` and ``save`` only enqueue. On a GPU the copies run on a stream of their own, after everything that the engine
   had enqueued on its stream until then; the engine's stream never waits for them.
-- ``settle`` returns when the named saves have read their blocks.
+- ``settle`` returns when the named saves have read their blocks, or have failed because they took too long.
 - ``take`` hands over what ended since the last call. Every load is reported exactly once, finished or failed.
 """
 
@@ -26,7 +26,7 @@ from worker_connector.regions import SlotLayout
 
 _log = logging.getLogger("vllm.warmroute.movers")
 
-_SETTLE_SECONDS = 60.0
+_SETTLE_SECONDS = 5.0
 
 
 class Copier:
@@ -151,6 +151,7 @@ class Transfers:
         self._failed: set[str] = set()
         self._loading: set[str] = set()
         self._saving: set[int] = set()
+        self._given_up: set[int] = set()
         self._loader = _Mover("warmroute-load", make_stream())
         self._saver = _Mover("warmroute-save", make_stream())
 
@@ -168,13 +169,16 @@ class Transfers:
         self._saver.submit(lambda: self._run_save(job, mark))
 
     def settle(self, jobs: Iterable[int]) -> None:
-        """Return when these saves have read their blocks. Jobs that ended, or were never begun, do not count."""
+        """Return when these saves have read their blocks. Jobs that ended, or were never begun, do not count. What
+        takes longer than ``_SETTLE_SECONDS`` is given up: the engine goes on, and the save is reported as failed."""
         waiting = set(jobs) & self._saving
         if not waiting:
             return
         with self._changed:
             if not self._changed.wait_for(lambda: not waiting & self._saving, _SETTLE_SECONDS):
-                raise TimeoutError(f"saving {len(waiting)} batches of KV blocks took longer than {_SETTLE_SECONDS} s")
+                late = waiting & self._saving
+                self._given_up |= late
+                _log.error("Saving %d batches of KV blocks is too slow; they are not cached", len(late))
 
     def wait_for_loads(self, timeout: float) -> None:
         """Return when no load is under way, or after ``timeout`` seconds."""
@@ -245,7 +249,8 @@ class Transfers:
         with self._changed:
             self._saving.discard(job.job)
             self._report.saved[job.job] += 1
-            if outcome.error is not None:
+            if outcome.error is not None or job.job in self._given_up:
+                self._given_up.discard(job.job)
                 self._report.failed_saves.add(job.job)
             else:
                 _keep(self._report.saves, sample)

@@ -11,7 +11,7 @@ from worker_connector.config import ConnectorConfig
 from worker_connector.errors import UnsupportedCache
 from worker_connector.geometry import describe_groups
 from worker_connector.movers import Copier, Transfers, stream_for
-from worker_connector.plan import StepPlan, WorkerReport
+from worker_connector.plan import SaveJob, StepPlan, WorkerReport
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.slab import Slab
 
@@ -48,6 +48,7 @@ class WorkerHalf:
         self._slab: Slab | None = None
         self._transfers: Transfers | None = None
         self._timed_step = 0
+        self._due: SaveJob | None = None
         self._targets: dict[str, Sequence[int]] = {}
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -64,7 +65,13 @@ class WorkerHalf:
 
     def settle(self, plan: StepPlan) -> None:
         """Before anything writes to reallocated blocks: finish the saves that read them."""
-        if self._transfers is not None and plan.settle:
+        due, self._due = self._due, plan.save
+        if self._transfers is None:
+            return
+        if due is not None:
+            # With draft models, pipeline ranks before the last are never told that the step's forward is done.
+            self._transfers.save(due)
+        if plan.settle:
             self._transfers.settle(plan.settle)
 
     def load(self, plan: StepPlan) -> None:
@@ -80,6 +87,7 @@ class WorkerHalf:
     def save(self, plan: StepPlan) -> None:
         """After the forward: begin the step's saves."""
         self._timed_step = plan.step
+        self._due = None
         if self._transfers is not None and plan.save is not None:
             self._transfers.save(plan.save)
 
