@@ -123,11 +123,11 @@ def _port(wanted: int, console: Console) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
+            return int(probe.getsockname()[1])
         except OSError:
             other = free_port()
             console.print(f"port {wanted} is taken, serving on {other} instead")
             return other
-    return wanted
 
 
 def _warm_up(fleet: Fleet) -> None:

@@ -3,7 +3,6 @@
 ``python -m router.demo_fleet`` installs the engine into the running interpreter's environment and does nothing else.
 """
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,18 @@ ENGINE_ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, with which the demo empties the GPU tier
     "HF_HUB_OFFLINE": "1",
 }
+
+
+_WATCHDOG = """
+import os, shutil, signal, sys
+groups = [int(line) for line in sys.stdin]  # until the demo closes its end, or dies
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
 
 
 class DemoError(Exception):
@@ -131,17 +142,27 @@ class Child:
     def tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def stop(self) -> None:
-        """End the whole process group, politely first."""
-        for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(self.process.pid, sign)
-                self.process.wait(timeout=patience)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
-        self.process.wait(timeout=5)
+    def signal(self, sign: signal.Signals) -> None:
+        """Send a signal to the whole process group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, sign)
+
+
+def stop(children: Sequence[Child], patience: float = 10) -> None:
+    """End all process groups, politely first; no second Ctrl-C cuts it short."""
+    handlers = {sign: signal.signal(sign, signal.SIG_IGN) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for child in children:
+            child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + patience
+        while any(child.process.poll() is None for child in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for child in children:
+            child.signal(signal.SIGKILL)  # the leader may be gone, and what it started not
+            child.process.wait()
+    finally:
+        for sign, handler in handlers.items():
+            signal.signal(sign, handler)
 
 
 @dataclass
@@ -174,21 +195,49 @@ def wait_ready(children: Sequence[Child], timeout: float, report: Callable[[str]
 @contextmanager
 def run_fleet(model: Path, workspace: Path, gateway_port: int, report: Callable[[str], None]) -> Iterator[Fleet]:
     """Start two engines and the gateway; every process is gone when the block ends."""
-    with ExitStack() as stack:
+    children: list[Child] = []
+    with _watchdog(workspace) as watched:
 
         def start(child: Child) -> Child:
-            stack.callback(child.stop)
+            watched(child)
+            children.append(child)
             return child
 
-        engines, flags = [], []
-        for name in ("worker-a", "worker-b"):
-            reports = free_port()
-            engines.append(start(_start_engine(name, model, workspace, free_port(), reports)))
-            flags += ["--worker", f"{engines[-1].url},reports=127.0.0.1:{reports},name={name}"]
-        wait_ready(engines, 300, report)
-        gateway = start(_start_gateway(workspace, gateway_port, [*flags, "--tokenizer", str(model)]))
-        wait_ready([gateway], 60, report)
-        yield Fleet(engines, gateway)
+        try:
+            flags = []
+            for name in ("worker-a", "worker-b"):
+                reports = free_port()
+                engine = start(_start_engine(name, model, workspace, free_port(), reports))
+                flags += ["--worker", f"{engine.url},reports=127.0.0.1:{reports},name={name}"]
+            wait_ready(children, 300, report)
+            engines = list(children)
+            gateway = start(_start_gateway(workspace, gateway_port, [*flags, "--tokenizer", str(model)]))
+            wait_ready([gateway], 60, report)
+            yield Fleet(engines, gateway)
+        finally:
+            report("stopping")
+            stop(children)
+
+
+@contextmanager
+def _watchdog(workspace: Path) -> Iterator[Callable[[Child], None]]:
+    """A process that ends the children, and removes the workspace, when the demo is gone without doing so itself; give
+    it each child."""
+    command = [sys.executable, "-c", _WATCHDOG, str(workspace)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)  # noqa: S603 - ours
+    assert process.stdin is not None
+
+    def watch(child: Child) -> None:
+        assert process.stdin is not None
+        process.stdin.write(f"{child.process.pid}\n")
+        process.stdin.flush()
+
+    try:
+        yield watch
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
 
 
 def _start_engine(name: str, model: Path, workspace: Path, port: int, reports: int) -> Child:
@@ -219,14 +268,8 @@ def _start(name: str, url: str, command: Sequence[str], workspace: Path, environ
             stderr=output,
             env={**os.environ, **environment},
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - the demo has one thread here
         )
     return Child(name, url, log, process)
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the demo dies, however it dies (prctl(2), PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 if __name__ == "__main__":
