@@ -4,6 +4,7 @@ import ctypes
 import logging
 import mmap
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from worker_connector.errors import ConfigurationError
 
 _MADV_POPULATE_WRITE = 23
+_CGROUPS = Path("/sys/fs/cgroup")
 
 _log = logging.getLogger("vllm.warmroute.slab")
 
@@ -23,7 +25,7 @@ class Slab:
     own allocations. That costs a fraction of a second per GiB.
 
     Raises:
-        ConfigurationError: the machine does not have that much memory.
+        ConfigurationError: the machine, or the container, does not have that much memory.
     """
 
     def __init__(self, slots: int, slot_bytes: int, *, pin: bool = False) -> None:
@@ -73,9 +75,28 @@ def _populate(address: int, size: int) -> None:
 
 
 def _available_memory() -> int | None:
+    free = [each for each in (_machine_memory(), *_container_memory()) if each is not None]
+    return min(free, default=None)
+
+
+def _machine_memory() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(fields["MemAvailable"].split()[0]) << 10 if "MemAvailable" in fields else None
+
+
+def _container_memory() -> Iterator[int]:
+    """What the control group's limit leaves, file cache that the kernel would drop included (cgroups(7), both
+    versions). Going over it ends the process without a word."""
+    for folder, limit, used, cache in (
+        (_CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):
+            figures = [int((folder / name).read_text(encoding="ascii")) for name in (limit, used)]
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            dropped = dict(line.split() for line in lines).get(cache, "0")
+            yield max(0, figures[0] - figures[1] + int(dropped))

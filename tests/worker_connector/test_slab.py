@@ -45,3 +45,29 @@ def test_a_slab_larger_than_the_machine_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(slab_module, "_available_memory", lambda: 1 << 20)
     with pytest.raises(ConfigurationError, match="lower cpu_bytes"):
         Slab(2, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("folder", "files"),
+    [
+        ("", ("memory.max", "memory.current", "inactive_file")),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_a_slab_larger_than_the_container_is_refused(
+    folder: str, files: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, used, cache = files
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, content in ((limit, 10 << 20), (used, 8 << 20), ("memory.stat", f"anon 1\n{cache} {1 << 20}")):
+        (tmp_path / folder / name).write_text(f"{content}\n")
+    monkeypatch.setattr(slab_module, "_CGROUPS", tmp_path)
+    Slab(3, 1 << 20).close()
+    with pytest.raises(ConfigurationError, match="only 3 MiB"):
+        Slab(4, 1 << 20)
+
+
+def test_a_container_without_a_limit_has_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "_CGROUPS", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    Slab(4, 1 << 20).close()
