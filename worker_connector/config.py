@@ -199,6 +199,8 @@ def _flatten(source: str, raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flatten_section(source, name, value)
         elif _is_known(name):
             yield name, value
+        elif name in SECTIONS:
+            raise ConfigurationError(f"{source}: {name} is a section of {', '.join(SECTIONS[name])}, not {value!r}")
         else:
             raise ConfigurationError(f"{source}: {_unknown(name, (*SETTINGS, *ALIASES, *ABSENT, *SECTIONS))}")
 

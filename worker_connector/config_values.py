@@ -43,7 +43,7 @@ def size(value: Any) -> int:
 def gibibytes(value: Any) -> int:
     """Bytes, from the GB (of 2^30 bytes) that LMCache counts in."""
     amount = _number(value, "a number of GB above zero")
-    if amount <= 0:
+    if not 0 < amount < 1 << 30:
         raise ValueError("it must be a number of GB above zero")
     return int(amount * (1 << 30))
 
