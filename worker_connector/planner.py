@@ -261,14 +261,12 @@ class Planner:
         state = self._requests.get(request.request_id)
         if state is None or state.request is not request:
             state = RequestState(request, self._size, self._model)
-            self._meet_adapter(state)
+            if state.adapter is not None:
+                self._meet_adapter(*state.adapter)
             self._requests[request.request_id] = state
         return state
 
-    def _meet_adapter(self, state: RequestState) -> None:
-        if state.adapter is None:
-            return
-        name, loaded = state.adapter
+    def _meet_adapter(self, name: str, loaded: Adapter) -> None:
         if self._adapters.setdefault(name, loaded) == loaded:
             return
         self._adapters[name] = loaded
@@ -553,9 +551,10 @@ class Planner:
         return sorted({self._readers_of[block] for block in taken if block in self._readers_of})
 
     def _distrust_saves(self, output: Any) -> None:
-        targets = [target for _, target in getattr(output, "kv_cache_block_copies", None) or ()]
-        for job in self._saves_reading([*targets, *(getattr(output, "new_block_ids_to_zero", None) or ())]):
-            self._saves[job].failed = True
+        written = {target for _, target in getattr(output, "kv_cache_block_copies", None) or ()}
+        written.update(getattr(output, "new_block_ids_to_zero", None) or ())
+        for save in self._saves.values() if written else ():
+            save.failed |= not written.isdisjoint(save.blocks)
 
     def _time_step(self, output: Any) -> int:
         """A number to time this step by; 0 for one that computes few prompt tokens."""
