@@ -143,8 +143,6 @@ class Gateway:
         self.accounting.admitted(worker, message)
 
     def _lost(self, worker: Worker) -> None:
-        if worker.up:
-            worker.mark_down("its report stream broke off")
         if monitor := self._monitors.get(worker.name):
             monitor.nudge()
 

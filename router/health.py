@@ -40,10 +40,12 @@ class Monitor:
         self.checked = asyncio.Event()
         self._failures = 0
         self._said_down = False
+        self._suspect = False
         self._qualifying: asyncio.Task[None] | None = None
 
     def nudge(self) -> None:
-        """Check now."""
+        """Check now, and if it answers, see again what it serves: it may be another process."""
+        self._suspect = True
         self._nudged.set()
 
     async def run(self) -> None:
@@ -82,7 +84,7 @@ class Monitor:
             self._failed(f"GET /health answered {answer.status}")
             return
         self._failures = 0
-        if not self._worker.up:
+        if not self._worker.up or self._suspect:
             await self._describe()
 
     async def _describe(self) -> None:
@@ -99,15 +101,17 @@ class Monitor:
         if not cards:
             self._failed("its model list is empty")
             return
+        self._suspect = False
         worker.models = {card.id: card for card in cards}
         worker.has_tokenize = True
         worker.engine_version = await self._version()
-        worker.up, worker.down_reason = True, ""
+        was_up, worker.up, worker.down_reason = worker.up, True, ""
         self._said_down = False
         # Another process may answer there now: what was found of the last one is found again.
         worker.parity, worker.takes_token_ids = "unchecked", False
         self._registry.regroup()
-        _log.info("worker %s is up, serving %s", worker.name, ", ".join(worker.models))
+        if not was_up:
+            _log.info("worker %s is up, serving %s", worker.name, ", ".join(worker.models))
         if self._qualifying is not None:
             self._qualifying.cancel()
         self._qualifying = asyncio.create_task(self._qualify())

@@ -181,7 +181,7 @@ class PromptBuilder:
         arguments = dict(given or {})
         effort = body.get("reasoning_effort")
         if effort is not None:
-            if effort not in _REASONING_EFFORTS:
+            if not isinstance(effort, str) or effort not in _REASONING_EFFORTS:
                 raise Unrenderable("reasoning_effort has a value that only some workers know")
             arguments.setdefault("enable_thinking", effort != "none")
             arguments["reasoning_effort"] = effort

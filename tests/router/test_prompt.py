@@ -268,6 +268,7 @@ def test_wrong_prompts_name_the_field(builder: PromptBuilder, prompt: Any, param
         {"add_generation_prompt": 1},
         {"continue_final_message": True},
         {"reasoning_effort": "colossal"},
+        {"reasoning_effort": ["low"]},
         {"tools": [{"type": "web_search"}]},
         {"tools": [{"type": "function", "function": {"name": 5}}]},
         {"truncate_prompt_tokens": -1},

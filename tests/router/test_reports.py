@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kv_protocol.messages import Admitted, Bye, Heartbeat, Snapshot, Stored, encode, pack
+from kv_protocol.messages import Admitted, Heartbeat, Snapshot, Stored, encode, pack
 from router.reports import call
 from tests.support.simulated_worker import CHUNK, RunningGateway, SimulatedWorker, run, running_gateway, until
 
@@ -288,13 +288,7 @@ def test_simulated_nonsense_ends_the_stream_and_not_the_watch() -> None:
     async def scenario() -> None:
         worker = await SimulatedWorker().start()
         async with running_gateway(worker) as gateway:
-            frames = [
-                encode(Admitted("x", 5, {"gpu": -5})),
-                encode(Stored("gpu", b"odd")),
-                b"\xff\xff\xff\xff",
-                b"\x05\x00\x00\x00\xc1\xc1\xc1\xc1\xc1",
-                encode(Bye("enough")),
-            ]
+            frames = [encode(Admitted("x", 5, {"gpu": -5})), encode(Stored("gpu", b"odd"))]
             for frame in frames:
                 opened = worker.opened
                 for writer in worker.readers:
@@ -323,3 +317,29 @@ def test_simulated_an_unforeseen_fault_does_not_end_the_watch(caplog: pytest.Log
 
     run(scenario())
     assert "could not be taken" in caplog.text
+
+
+def test_simulated_report_streams_that_flap_fail_no_request() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(worker) as gateway:
+            for _ in range(8):
+                opened = worker.opened
+                asking = [asyncio.create_task(gateway.chat("x")) for _ in range(5)]
+                worker.reset_readers()
+                assert {(await one).status_code for one in asking} == {200}
+                assert (await gateway.chat("x")).status_code == 200
+                await until(lambda opened=opened: worker.opened > opened or opened > 2, 8)
+
+    run(scenario())
+
+
+def test_simulated_a_lost_stream_has_the_worker_described_again() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(worker, health_interval=4) as gateway:
+            worker.loras = ["adapter"]
+            worker.reset_readers()
+            await until(lambda: "adapter" in gateway.gateway.registry.pools, 2)
+
+    run(scenario())
