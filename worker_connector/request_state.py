@@ -101,12 +101,16 @@ class RequestState:
         return self._tails[1]
 
     def name_tail(self, at: int, length: int) -> bytes:
-        """The name of the first ``length`` tokens of chunk ``at``."""
+        """The name of the first ``length`` tokens of chunk ``at``; empty if they have none."""
         start = at * self.chunk_size
         parent = self.chunks[at - 1] if at else self.root
         tokens = self.request.all_token_ids[start : start + length]
         media = [Media(item.hash, item.offset - start, item.length) for item in self.media]
-        return chunk_hashes(parent, tokens, length, media=media)[0]
+        try:
+            return chunk_hashes(parent, tokens, length, media=media)[0]
+        except ValueError:
+            self.eligible = False
+            return b""
 
     @property
     def uncached_tokens(self) -> int:

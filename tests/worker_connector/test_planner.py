@@ -158,6 +158,14 @@ def test_prompts_that_cannot_be_named_pass_through(tokens: list[int] | None, fie
     assert engine.ledger.content()[CPU] == []
 
 
+def test_a_tail_that_cannot_be_named_ends_the_caching_and_not_the_engine() -> None:
+    engine, tokens = Engine(), prompt(8, TAIL_CHUNKS * CHUNK)
+    engine.serve("a", [*tokens, *[-1] * BLOCK, 5])
+    cold_again(engine)
+    engine.serve("b", [*tokens, *[-1] * BLOCK, 6])
+    assert set(engine.ledger.content()[CPU]) <= set(hashes(tokens))
+
+
 def test_a_request_that_must_not_read_caches_loads_nothing() -> None:
     engine, tokens = Engine(), prompt(9, 3 * CHUNK)
     engine.serve("a", tokens)
