@@ -130,7 +130,7 @@ class ReportServer:
         self._bytes_out = 0  # and the server's thread this one
         self._overflowed = False
         self._waking = False
-        self._clients: set[_Client] = set()
+        self._clients: dict[_Client, None] = {}
         self._watchers: list[_Client] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -150,6 +150,11 @@ class ReportServer:
     def readers(self) -> int:
         """How many readers watch now."""
         return len(self._watchers)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no other client."""
+        return sum(client.is_open for client in self._clients) >= self.max_readers
 
     def start(self) -> None:
         """Bind and serve; returns once clients can connect.
@@ -261,15 +266,16 @@ class ReportServer:
         session = asyncio.current_task()
         assert session is not None
         client = _Client(self, reader, writer, session)
-        if len(self._clients) >= self.max_readers:
-            writer.write(encode(Bye(f"this worker takes {self.max_readers} readers at most: set report_max_readers")))
-            await _close(writer)
-            return
-        self._clients.add(client)
+        strangers = [each for each in self._clients if not each.is_open]
+        if len(strangers) >= self.max_readers:
+            # Whoever cannot open, for want of the token perhaps, must not keep out those who can.
+            del self._clients[strangers[0]]
+            strangers[0].leave("too many connections wait to be opened")
+        self._clients[client] = None
         try:
             await client.run()
         finally:
-            self._clients.discard(client)
+            self._clients.pop(client, None)
             if client in self._watchers:
                 self._watchers = [each for each in self._watchers if each is not client]
             await _close(writer)
@@ -381,6 +387,7 @@ class _Client:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._queued = asyncio.Event()
+        self.is_open = False
         self._watching = False
         self._dropped = False
 
@@ -450,6 +457,9 @@ class _Client:
         check_version(opening)
         if not hmac.compare_digest(opening.token.encode(), self._server.token.encode()):
             raise Refused("wrong token: set the worker's report_token in the reader")
+        if self._server.is_full:
+            raise Refused(f"this worker takes {self._server.max_readers} readers at most: set report_max_readers")
+        self.is_open = True
 
     async def _send_stream(self) -> None:
         try:

@@ -359,6 +359,16 @@ def test_at_most_so_many_readers() -> None:
             third.until(SnapshotEnd)
 
 
+def test_connections_that_are_not_opened_keep_nobody_out() -> None:
+    with serving(Source(), max_readers=3) as server:
+        strangers = [socket.create_connection(server.address, timeout=5) for _ in range(8)]
+        with Reader(server) as reader:
+            reader.until(SnapshotEnd)
+        assert len(server._clients) <= 1 + server.max_readers
+        for stranger in strangers:
+            stranger.close()
+
+
 def test_a_connection_that_neither_watches_nor_calls_is_closed() -> None:
     timing = msgspec.structs.replace(FAST, idle=0.2)
     with serving(Source(), timing=timing) as server, Reader(server, watch=False) as reader:
