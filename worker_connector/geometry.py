@@ -38,6 +38,10 @@ class Group:
             return max(0, tokens - self.window + 1)
         return tokens // self.local * self.local if self.local else 0
 
+    def can_repeat_last(self, tokens: int) -> bool:
+        """Whether the blocks still read after ``tokens`` tokens are enough to compute the last of them again."""
+        return self.first_needed(tokens - 1) // self.block_size == self.first_needed(tokens) // self.block_size
+
 
 def describe_groups(cache: Any, parallel: Any, chunk_size: int) -> tuple[Group, ...]:
     """The groups of a ``KVCacheConfig``, in the order of its block tables. ``parallel`` is the ``ParallelConfig``.

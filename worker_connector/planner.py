@@ -301,31 +301,32 @@ class Planner:
         for units in range(len(tails), 0, -1):
             end = whole * self._size + units * self._unit
             wanted = [*chunks[first:whole], tails[units - 1]]
-            if self.ledger.lookup(tails[units - 1]) is not None and self._reaches_back(wanted, computed, end):
+            if self.ledger.lookup(tails[units - 1]) is not None and self._reaches_back(state, wanted, end):
                 state.wanted = wanted
                 return end
-        while whole > first and not self._reaches_back(chunks[first:whole], computed, whole * self._size):
+        while whole > first and not self._reaches_back(state, chunks[first:whole], whole * self._size):
             whole -= 1
         state.wanted = chunks[first:whole]
         return whole * self._size
 
-    def _reaches_back(self, wanted: list[bytes], computed: int, end: int) -> bool:
-        """Whether the slots of ``wanted``, the chunks from the one of token ``computed`` on, hold all that groups with
-        a limited reach still read after ``end`` tokens."""
+    def _reaches_back(self, state: RequestState, wanted: list[bytes], end: int) -> bool:
+        """Whether the slots of ``wanted``, the chunks from the one of token ``state.local`` on, hold all that groups
+        with a limited reach still read after ``end`` tokens. Of a whole prompt, the engine computes the last again."""
+        if end == state.request.num_tokens and not all(group.can_repeat_last(end) for group in self._partial_groups):
+            return False
         for group in self._partial_groups:
-            needed = max(group.first_needed(end), computed)
+            needed = max(group.first_needed(end), state.local)
             for at in range(needed // self._size, -(-end // self._size)):
                 first = max(0, needed - at * self._size) // group.block_size
-                slot = self.ledger.lookup(wanted[at - computed // self._size])
+                slot = self.ledger.lookup(wanted[at - state.local // self._size])
                 if slot is None or slot.missing[group.index] > first:
                     return False
         return True
 
     def _may_wait(self, state: RequestState) -> bool:
-        now = self._clock()
         if state.waiting_since is None:
-            state.waiting_since = now
-        return now - state.waiting_since <= LOAD_SECONDS
+            state.waiting_since = self._clock()
+        return self._clock() - state.waiting_since <= LOAD_SECONDS
 
     def _is_worth_loading(self, state: RequestState, tokens: int) -> bool:
         if not self._config.load_or_compute:

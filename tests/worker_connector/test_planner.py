@@ -652,6 +652,14 @@ def test_blocks_that_a_window_passed_go_to_another_group_while_they_are_saved() 
     engine.serve("b", tokens)
 
 
+@pytest.mark.parametrize(("window", "chunks"), [(2 * BLOCK + 1, 2), (2 * BLOCK, 3)], ids=["odd", "even"])
+def test_a_whole_prompt_is_loaded_only_if_its_last_token_can_be_computed_again(window: int, chunks: int) -> None:
+    engine, tokens = Engine(windows=(window, 0), blocks=200, step_tokens=CHUNK), prompt(52, 3 * CHUNK)
+    engine.serve("a", tokens)
+    cold_again(engine)
+    assert engine.serve("b", tokens).answers == [chunks * CHUNK]
+
+
 def test_a_hit_ends_where_the_window_is_whole() -> None:
     engine, tokens = Engine(windows=(0, 10), blocks=200), prompt(43, 4 * CHUNK + 1)
     engine.serve("a", tokens)

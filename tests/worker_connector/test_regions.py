@@ -190,6 +190,14 @@ def config_of(*groups: KVCacheGroupSpec) -> Any:
     return SimpleNamespace(kv_cache_groups=list(groups))
 
 
+def test_the_last_token_cannot_be_computed_again_where_its_reach_was_left_behind() -> None:
+    assert Group(0, "", 16, 16).can_repeat_last(256)
+    assert Group(0, "", 16, 16, window=128).can_repeat_last(256)
+    assert not Group(0, "", 16, 16, window=129).can_repeat_last(256)
+    assert Group(0, "", 16, 16, local=512).can_repeat_last(256)
+    assert not Group(0, "", 16, 16, local=256).can_repeat_last(256)
+
+
 def test_groups_say_how_far_they_read_back() -> None:
     local = ChunkedLocalAttentionSpec(
         block_size=16, num_kv_heads=4, head_size=64, dtype=torch.bfloat16, attention_chunk_size=128
