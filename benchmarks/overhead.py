@@ -1,10 +1,10 @@
 """What the connector costs when nothing can be reused: token throughput with it against without it.
 
-    python benchmarks/overhead.py [--rounds 6] [--pairs 12] [--null] [--json FILE]
+    python benchmarks/overhead.py [--rounds 4] [--pairs 80] [--null] [--json FILE]
 
 Two real vLLM engines (CPU build, the demo's model) run side by side, one with the connector and one without. Each
-pair sends the same kind of work, prompts that no one has sent before, to one engine and then to the other, in an order
-that alternates. Two processes of the very same program differ by some percent on a small machine, for as long as they
+pair sends a request of the same kind, with a prompt that no one has sent before, to one engine and then to the other,
+in an order that alternates. Two processes of the very same program differ by some percent on a small machine, for as long as they
 live, so each round starts two fresh engines, in alternating order, and the figure is the median over rounds of the
 median ratio of a round's pairs. ``--null`` runs both engines without the connector: what it prints is the method's
 own error.
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,28 +29,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.engine import Engine, start_engine, wait_ready
 
-PROMPTS = 8
 PROMPT_TOKENS = 1500
 ANSWER_TOKENS = 32
 
 
 def throughput(engine: Engine, source: random.Random) -> float:
-    """Prompt and answer tokens per second over a batch of unique prompts, four at a time."""
-    bodies = [
-        {
-            "model": "small",
-            "prompt": [source.randrange(3, 4096) for _ in range(PROMPT_TOKENS)],
-            "max_tokens": ANSWER_TOKENS,
-            "ignore_eos": True,
-            "temperature": 0,
-        }
-        for _ in range(PROMPTS)
-    ]
+    """Prompt and answer tokens per second of one request with a prompt that nobody sent before."""
+    body = {
+        "model": "small",
+        "prompt": [source.randrange(3, 4096) for _ in range(PROMPT_TOKENS)],
+        "max_tokens": ANSWER_TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
     started = time.perf_counter()
-    with httpx.Client(timeout=120) as client, ThreadPoolExecutor(4) as pool:
-        for response in pool.map(lambda body: client.post(engine.url + "/v1/completions", json=body), bodies):
-            response.raise_for_status()
-    return PROMPTS * (PROMPT_TOKENS + ANSWER_TOKENS) / (time.perf_counter() - started)
+    httpx.post(engine.url + "/v1/completions", json=body, timeout=120).raise_for_status()
+    return (PROMPT_TOKENS + ANSWER_TOKENS) / (time.perf_counter() - started)
 
 
 def measure_round(model: str, folder: Path, number: int, pairs: int, connector: dict[str, int] | None) -> list[float]:
@@ -65,7 +58,7 @@ def measure_round(model: str, folder: Path, number: int, pairs: int, connector: 
         for engine in engines.values():
             wait_ready(engine)
         for engine in engines.values():
-            for _ in range(3):
+            for _ in range(20):
                 throughput(engine, source)
         ratios = []
         for pair in range(pairs):
@@ -77,8 +70,8 @@ def measure_round(model: str, folder: Path, number: int, pairs: int, connector: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=80)
     parser.add_argument("--null", action="store_true", help="both engines without the connector")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

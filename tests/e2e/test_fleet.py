@@ -191,9 +191,7 @@ def test_kill_during_a_stream(fleet: Fleet, small_model: str, tmp_path: Path) ->
     assert {w["name"]: w["healthy"] for w in seen} == {worker: False, other: True}
 
     port, reports = int(victim.url.rsplit(":", 1)[1]), int(str(victim.reports).rsplit(":", 1)[1])
-    with start_engine(
-        small_model, tmp_path, connector={}, flags=FLAGS, port=port, reports_port=reports
-    ) as reborn:
+    with start_engine(small_model, tmp_path, connector={}, flags=FLAGS, port=port, reports_port=reports) as reborn:
         wait_ready(reborn)
         fleet.gateway.wait_for(
             "/admin/workers",
