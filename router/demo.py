@@ -320,16 +320,18 @@ def _keep_serving(console: Console, fleet: Fleet) -> None:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the children are ended."""
+    """SIGTERM unwinds like Ctrl-C, and so does SIGINT where a shell in the background had it ignored, so that the
+    children are ended."""
 
     def interrupt(_sign: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {sign: signal.signal(sign, interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 if __name__ == "__main__":
