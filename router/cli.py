@@ -21,8 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_RENAMED = {"workers": "--worker"}
-_HIDDEN_DEFAULTS = frozenset({"admin_token", "report_token", "workers"})
+_RENAMED = {"workers": "--worker", "discover": "--discover"}
+_HIDDEN_DEFAULTS = frozenset({"admin_token", "report_token", "workers", "discover"})
 
 
 def serve(config: str | None, **flags: Any) -> None:
@@ -142,7 +142,7 @@ def _option(name: str) -> inspect.Parameter:
     text = field.description or ""
     if name not in _HIDDEN_DEFAULTS and field.default is not None and field.default != "":
         text += f" [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
-    kind: Any = list[str] | None if name == "workers" else _flag_type(field.annotation) | None
+    kind: Any = list[str] | None if name in _RENAMED else _flag_type(field.annotation) | None
     declaration = f"{flag}/--no-{flag[2:]}" if kind == bool | None else flag
     annotation = Annotated[kind, typer.Option(declaration, help=text, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

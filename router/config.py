@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from router.discovery.names import DnsSpec, is_name
 from router.errors import ConfigError
 
 ENV_PREFIX = "WARMROUTE_"
@@ -107,8 +108,13 @@ class Settings(BaseSettings):
     )
 
     workers: Annotated[list[WorkerSpec], NoDecode] = Field(
-        default=[], description="URL[,reports=HOST:PORT][,name=NAME] of a worker; repeat for each"
+        default=[], description="URL[,reports=HOST:PORT][,name=NAME] of a worker, or dns://NAME:PORT; repeat for each"
     )
+    discover: Annotated[list[DnsSpec], NoDecode] = Field(
+        default=[], description="dns://NAME:PORT[,reports=PORT|none] or dns+srv://NAME whose addresses are workers"
+    )
+    discovery_interval: float = Field(default=10.0, gt=0, description="time between two look-ups of a name")
+    discovery_timeout: float = Field(default=5.0, gt=0, description="longest wait for a look-up")
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     policy: PolicyName = Field(default="longest-hit", description="how a worker is chosen")
@@ -148,15 +154,49 @@ class Settings(BaseSettings):
     admin_token: SecretStr = Field(default=SecretStr(""), description="bearer token of the admin endpoints")
     report_token: SecretStr = Field(default=SecretStr(""), description="token of the workers' report ports")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
+    log_format: Literal["text", "json"] = Field(default="text", description="how log lines are written")
+    access_log: bool = Field(default=False, description="one log line per request, without any of its text")
+    processes: int = Field(default=1, ge=1, le=256, description="router processes that share the port")
+    config_interval: float = Field(default=2.0, gt=0, description="time between two looks at the configuration file")
+    models_interval: float = Field(default=30.0, gt=0, description="time between two looks at a worker's model list")
+    otlp_traces_endpoint: str = Field(default="", description="OTLP/HTTP URL that traces are sent to; empty: no traces")
+    trace_ratio: float = Field(default=1.0, ge=0, le=1, description="share of traces begun here that are recorded")
     seed: int | None = Field(default=None, description="seed of random choices, for repeatable runs")
 
     @field_validator("workers", mode="before")
     @classmethod
     def _workers_from_text(cls, value: Any) -> Any:
         items = re.split(r"[\s;]+", value.strip()) if isinstance(value, str) else value
+        if _is_count(items):
+            raise ValueError(
+                "workers are vLLM workers, each as http://HOST:PORT; to run several router processes, set processes"
+            )
         if not isinstance(items, list | tuple):
             raise ValueError("workers is a list of URL[,reports=HOST:PORT][,name=NAME]")  # noqa: TRY004 - pydantic's
         return [WorkerSpec.parse(item) if isinstance(item, str) else item for item in items if item]
+
+    @field_validator("discover", mode="before")
+    @classmethod
+    def _names_from_text(cls, value: Any) -> Any:
+        items = re.split(r"[\s;]+", value.strip()) if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError("discover is a list of dns://NAME:PORT")  # noqa: TRY004 - pydantic's
+        return [DnsSpec.parse(item) if isinstance(item, str) else item for item in items if item]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_among_workers(cls, values: Any) -> Any:
+        """A ``dns://`` entry of ``workers`` belongs to ``discover``."""
+        workers = values.get("workers")
+        items = re.split(r"[\s;]+", workers.strip()) if isinstance(workers, str) else workers
+        if not isinstance(items, list | tuple) or not any(map(is_name, items)):
+            return values
+        names = values.get("discover") or []
+        named = re.split(r"[\s;]+", names.strip()) if isinstance(names, str) else list(names)
+        return values | {
+            "workers": [item for item in items if not is_name(item)],
+            "discover": named + [item for item in items if is_name(item)],
+        }
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -256,6 +296,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         else:
             _log.debug("environment variable %s is none of the router's", variable)
     return values
+
+
+def _is_count(items: Any) -> bool:
+    texts = items if isinstance(items, list | tuple) else [items]
+    return bool(texts) and all(isinstance(text, int) or (isinstance(text, str) and text.isdigit()) for text in texts)
 
 
 def _unknown(key: str) -> str:

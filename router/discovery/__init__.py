@@ -1,0 +1,1 @@
+"""Where workers come from: named in settings, added by operators, registered by themselves, found by DNS."""

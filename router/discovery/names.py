@@ -1,0 +1,60 @@
+"""How a name whose addresses are workers is written: ``dns://NAME:PORT`` or ``dns+srv://NAME``."""
+
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+SCHEMES = ("dns://", "dns+srv://")
+
+
+class DnsSpec(BaseModel):
+    """A name to resolve again and again. ``reports`` is the workers' report port, ``none``, or empty for the usual
+    one; ``port`` is 0 where SRV records name it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    port: int = 0
+    kind: Literal["address", "srv"] = "address"
+    reports: str = ""
+
+    @field_validator("reports")
+    @classmethod
+    def _reports_is_a_port(cls, reports: str) -> str:
+        if reports not in ("", "none") and not (reports.isascii() and reports.isdigit() and 0 < int(reports) < 65536):
+            raise ValueError(f"reports of a name is a port number or none, got {reports!r}")
+        return reports
+
+    @property
+    def title(self) -> str:
+        """The name as it is written in settings, without options."""
+        return f"dns+srv://{self.name}" if self.kind == "srv" else f"dns://{self.name}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From ``dns://NAME:PORT[,reports=PORT|none]`` or ``dns+srv://NAME[,reports=PORT|none]``.
+
+        Raises:
+            ValueError: a part is not understood.
+        """
+        url, *options = text.strip().split(",")
+        parts = urlsplit(url)
+        members = {}
+        for option in options:
+            key, _, members[key] = option.partition("=")
+        if set(members) - {"reports"}:
+            raise ValueError(f"{text!r}: of a name only reports=PORT or reports=none can be said")
+        srv = parts.scheme == "dns+srv"
+        if parts.scheme not in ("dns", "dns+srv") or not parts.hostname or parts.path.strip("/") or parts.query:
+            raise ValueError(f"a name is dns://NAME:PORT or dns+srv://NAME, got {text!r}")
+        if srv == (parts.port is not None):
+            raise ValueError(
+                f"{text!r}: SRV records name the port themselves" if srv else f"{text!r} names no port: dns://NAME:PORT"
+            )
+        return cls(name=parts.hostname, port=parts.port or 0, kind="srv" if srv else "address", **members)
+
+
+def is_name(item: object) -> bool:
+    """Whether an entry of ``workers`` is a name to resolve and not a worker."""
+    return isinstance(item, str) and item.strip().startswith(SCHEMES)
