@@ -31,7 +31,7 @@ from router.forward import Delivery, forward
 from router.index import NO_HIT, Hit, Index
 from router.metrics import Metrics
 from router.parse import Request, forwarded_headers, parse_request, request_id_of
-from router.policies import Candidate, Choice, Policy, Query
+from router.policies import Candidate, Choice, Policy, Query, candidate
 from router.pool_prompts import PoolPrompts, Tokenized
 from router.splice import Kind, can_carry_ids, splice_token_ids
 from router.workers import Flight, Pool, Registry, Worker
@@ -154,7 +154,7 @@ class Pipeline:
         if not workers:
             return None
         hits = self._look_up(plan, workers)
-        candidates = [_candidate(worker, hits[worker.name]) for worker in workers]
+        candidates = [candidate(worker, hits[worker.name]) for worker in workers]
         choice = (policy or self._policy).choose(Query(plan.pool.model, plan.prompt_tokens), candidates)
         return Routed(choice, hits, candidates)
 
@@ -425,10 +425,6 @@ class Pipeline:
         return Unavailable(
             f"no worker serving {pool.model!r} can take the request ({reasons})", retry_after=_RETRY_AFTER_S
         )
-
-
-def _candidate(worker: Worker, hit: Hit) -> Candidate:
-    return Candidate(worker, worker.believed(hit.total), worker.weight, worker.load.in_flight, worker.prefill_speed)
 
 
 def _why_not(worker: Worker) -> str:

@@ -3,11 +3,11 @@
 import random
 
 from router.config import Settings
-from router.policies.base import Candidate, Choice, Policy, Query
+from router.policies.base import Candidate, Choice, Policy, Query, candidate
 from router.policies.load import LeastLoaded, RoundRobin
 from router.policies.longest_hit import LongestHit
 
-__all__ = ["Candidate", "Choice", "Policy", "Query", "make_policy"]
+__all__ = ["Candidate", "Choice", "Policy", "Query", "candidate", "make_policy"]
 
 
 def make_policy(settings: Settings) -> Policy:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from router.index import Hit
 from router.workers import Worker
 
 
@@ -41,6 +42,11 @@ class Policy(Protocol):
     def choose(self, query: Query, candidates: Sequence[Candidate]) -> Choice:
         """One of the candidates, of which there is at least one. O(candidates log candidates)."""
         ...
+
+
+def candidate(worker: Worker, hit: Hit) -> Candidate:
+    """What policies see of a worker that holds ``hit`` tokens of the prompt."""
+    return Candidate(worker, worker.believed(hit.total), worker.weight, worker.load.in_flight, worker.prefill_speed)
 
 
 def pick(candidates: Iterable[Candidate], rng: random.Random) -> Candidate:
