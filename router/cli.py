@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _RENAMED = {"workers": "--worker", "discover": "--discover"}
-_HIDDEN_DEFAULTS = frozenset({"admin_token", "report_token", "workers", "discover"})
+_HIDDEN_DEFAULTS = frozenset({"admin_token", "api_keys", "report_token", "worker_api_key", "workers", "discover"})
 
 
 def serve(config: str | None, **flags: Any) -> None:

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from router.discovery.names import DnsSpec, is_name
 from router.errors import ConfigError
+from router.secrets import Secret
 
 ENV_PREFIX = "WARMROUTE_"
 CONFIG_VARIABLE = "WARMROUTE_ROUTER_CONFIG"
@@ -31,13 +32,20 @@ _TYPO_RATIO = 0.85
 
 
 class WorkerSpec(BaseModel):
-    """One worker: where its HTTP endpoint and its report port are. ``reports`` is HOST:PORT, or ``none``."""
+    """One worker: where its HTTP endpoint and its report port are. ``reports`` is HOST:PORT, or ``none``; ``key`` its own
+    API key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str
     reports: str = ""
     name: str = ""
+    key: Secret = SecretStr("")
+
+    @field_validator("key")
+    @classmethod
+    def _key_fits_headers(cls, key: SecretStr) -> SecretStr:
+        return _header_safe(key)
 
     @field_validator("url")
     @classmethod
@@ -85,17 +93,17 @@ class WorkerSpec(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From ``URL[,reports=HOST:PORT|none][,name=NAME]``.
+        """From ``URL[,reports=HOST:PORT|none][,name=NAME][,key=KEY|file:PATH|env:NAME]``.
 
         Raises:
             ValueError: a part is not understood.
         """
         url, *options = text.strip().split(",")
-        members = {"url": url}
+        members: dict[str, Any] = {"url": url}
         for option in options:
             key, equals, value = option.partition("=")
-            if not equals or key not in ("reports", "name"):
-                raise ValueError(f"{option!r} in {text!r} is neither reports=HOST:PORT nor name=NAME")
+            if not equals or key not in ("reports", "name", "key"):
+                raise ValueError(f"{key!r} of worker {url!r} is none of reports=HOST:PORT, name=NAME and key=KEY")
             members[key] = value
         return cls(**members)
 
@@ -143,6 +151,10 @@ class Settings(BaseSettings):
     first_byte_timeout: float = Field(default=600.0, gt=0, description="longest wait for a worker's first byte")
     idle_timeout: float = Field(default=120.0, gt=0, description="longest silence of a worker within a response")
     retries: int = Field(default=2, ge=0, description="other workers tried before a response has begun")
+    retry_ratio: float = Field(default=0.2, ge=0, le=10, description="retries per request that the fleet has to bear")
+    retry_backoff: float = Field(
+        default=0.05, ge=0, le=1, description="longest wait before the first retry; it doubles"
+    )
     breaker_failures: int = Field(default=5, ge=1, description="failures in a row that open a worker's breaker")
     breaker_seconds: float = Field(default=5.0, gt=0, description="how long an open breaker keeps a worker out")
     health_interval: float = Field(default=1.0, gt=0, description="time between health checks")
@@ -151,8 +163,28 @@ class Settings(BaseSettings):
     verify_entries: int = Field(default=20_000, ge=0, description="index entries recounted for each digest")
     recent_requests: int = Field(default=1000, ge=0, le=1_000_000, description="routing decisions kept for inspection")
     drain_timeout: float = Field(default=30.0, ge=0, description="how long requests may finish after a stop signal")
-    admin_token: SecretStr = Field(default=SecretStr(""), description="bearer token of the admin endpoints")
-    report_token: SecretStr = Field(default=SecretStr(""), description="token of the workers' report ports")
+    drain_delay: float = Field(
+        default=0.0, ge=0, description="how long connections are still taken after a stop signal"
+    )
+    drain_idle: float = Field(default=1.0, ge=0, description="how long a stopping gateway keeps idle connections open")
+    api_keys_file: str = Field(default="", description="file of the keys that clients must show")
+    api_keys: Secret = Field(default=SecretStr(""), description="NAME:KEY of each client, in place of a file of keys")
+    open_probes: bool = Field(default=True, description="health, readiness, metrics and version need no key")
+    cors_origins: str = Field(default="", description="origins of the web pages that may call the gateway; * for any")
+    tls_cert: str = Field(default="", description="file of the certificate chain to serve HTTPS with")
+    tls_key: str = Field(default="", description="file of its private key")
+    tls_client_ca: str = Field(default="", description="file of the CAs whose certificates clients must show")
+    worker_api_key: Secret = Field(
+        default=SecretStr(""), description="API key of the workers that name none themselves"
+    )
+    worker_ca: str = Field(
+        default="", description="file of the CAs of the workers' certificates; default: the system's"
+    )
+    worker_cert: str = Field(default="", description="file of the certificate that is shown to workers")
+    worker_cert_key: str = Field(default="", description="file of its private key")
+    worker_tls_verify: bool = Field(default=True, description="whether the workers' certificates are checked")
+    admin_token: Secret = Field(default=SecretStr(""), description="bearer token of the admin endpoints")
+    report_token: Secret = Field(default=SecretStr(""), description="token of the workers' report ports")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["text", "json"] = Field(default="text", description="how log lines are written")
     access_log: bool = Field(default=False, description="one log line per request, without any of its text")
@@ -197,6 +229,27 @@ class Settings(BaseSettings):
             "workers": [item for item in items if not is_name(item)],
             "discover": named + [item for item in items if is_name(item)],
         }
+
+    @field_validator("worker_api_key")
+    @classmethod
+    def _key_fits_headers(cls, key: SecretStr) -> SecretStr:
+        return _header_safe(key)
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins_from_list(cls, value: Any) -> Any:
+        return " ".join(map(str, value)) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _files_come_in_pairs(self) -> Self:
+        for cert, key in (("tls_cert", "tls_key"), ("worker_cert", "worker_cert_key")):
+            if bool(getattr(self, cert)) != bool(getattr(self, key)):
+                raise ValueError(f"{cert} and {key} belong together: set both or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.api_keys_file and self.api_keys.get_secret_value():
+            raise ValueError("api_keys_file and api_keys exclude each other: set one of them")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -296,6 +349,13 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         else:
             _log.debug("environment variable %s is none of the router's", variable)
     return values
+
+
+def _header_safe(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("an API key is printable ASCII without spaces")
+    return key
 
 
 def _is_count(items: Any) -> bool:

@@ -15,6 +15,7 @@ RouterError
 │   ├── Conflict             409
 │   ├── TooLarge             413 body, 431 headers
 │   ├── Busy                 429 with Retry-After
+│   │   └── Limited          429 a limit of the key is reached
 │   ├── BadGateway           502, or 504 when a worker took too long
 │   └── Unavailable          503 with Retry-After: no worker can take the request
 ├── UpstreamError            a worker failed a request; the text names the worker and what happened
@@ -24,6 +25,9 @@ RouterError
 │   └── RetryableStatus      the worker itself answered 502, 503 or 504
 └── ClientGone               the client closed its connection
 """
+
+import math
+import random
 
 import msgspec
 
@@ -53,6 +57,8 @@ class ApiError(RouterError):
     status = 500
     type = "server_error"
     code: str | None = None
+    should_retry: bool | None = None
+    """Said to clients that heed ``x-should-retry``; None leaves it to them."""
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
@@ -69,10 +75,18 @@ class ApiError(RouterError):
         return msgspec.json.encode({"error": members})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Response headers, with ``retry-after`` in whole seconds where it applies."""
+        """Response headers, with ``retry-after`` in whole seconds where it applies.
+
+        ``retry-after-ms`` (which OpenAI's and Anthropic's clients prefer) is up to a quarter longer, at random, so that
+        clients that were turned away together do not come back together.
+        """
         headers = [(b"content-type", b"application/json")]
         if self.retry_after is not None:
-            headers.append((b"retry-after", b"%d" % max(1, round(self.retry_after))))
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after))))
+            wait = self.retry_after * (1000 + 250 * random.random())  # noqa: S311 - spreads load, guards nothing
+            headers.append((b"retry-after-ms", b"%d" % max(1, round(wait))))
+        if self.should_retry is not None:
+            headers.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
         return headers
 
 
@@ -86,9 +100,14 @@ class ContextTooLong(InvalidRequest):
 
 
 class Unauthorized(ApiError):
+    """Answered with the challenge that RFC 6750 asks for."""
+
     status = 401
     type = "authentication_error"
     code = "invalid_token"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]
 
 
 class Forbidden(ApiError):
@@ -119,6 +138,7 @@ class RequestTimeout(ApiError):
 class Conflict(ApiError):
     status = 409
     type = "invalid_request_error"
+    should_retry = False
 
 
 class TooLarge(ApiError):
@@ -133,20 +153,37 @@ class Busy(ApiError):
     status = 429
     type = "rate_limit_error"
     code = "overloaded"
+    should_retry = True
+
+
+class Limited(Busy):
+    """``kind`` is the limit that is reached: requests, tokens or concurrency. Without ``retry_after`` waiting does not
+    help."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, kind: str = "requests", retry_after: float | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.type = kind
+        self.should_retry = retry_after is not None
 
 
 class BadGateway(ApiError):
+    """A worker that took too long once is not worth another wait of that length; other failures are."""
+
     type = "upstream_error"
 
     def __init__(self, message: str, *, status: int = 502, code: str = "worker_failed") -> None:
         super().__init__(message, code=code)
         self.status = status
+        self.should_retry = status != 504
 
 
 class Unavailable(ApiError):
     status = 503
     type = "service_unavailable_error"
     code = "no_worker_available"
+    should_retry = True
 
 
 class UpstreamError(RouterError):
