@@ -160,14 +160,17 @@ class PromptBuilder:
     def _is_quick(self, characters: int) -> bool:
         return self.tokenizer.seconds_for(characters) <= LOOP_BUDGET_S
 
-    def _template(self, *, with_tools: bool) -> ChatTemplate:
+    def template_source(self, *, with_tools: bool) -> str | None:
+        """The chat template in use for chats with or without tools; None where the model has none."""
         source = self._chat_template
         if source is None and not with_tools:
             source = self._processor_template
         if source is None and with_tools:
             source = self._named.get("tool_use")
-        if source is None:
-            source = self._named.get("default")
+        return self._named.get("default") if source is None else source
+
+    def _template(self, *, with_tools: bool) -> ChatTemplate:
+        source = self.template_source(with_tools=with_tools)
         if source is None:
             raise Unrenderable("the model has no default chat template")
         if source not in self._compiled:

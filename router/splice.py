@@ -13,7 +13,9 @@ import msgspec
 
 from router.errors import InvalidRequest
 
-Kind = Literal["chat", "completions"]
+Kind = Literal["chat", "completions", "messages", "responses", "generate", "stored", "load"]
+"""How a request is read. Prompts are of the first five kinds; ``stored`` asks for a response made before, ``load`` is
+everything routed by load alone."""
 _MEMBERS = dict[str, msgspec.Raw]
 _PROMPT_KEY = re.compile(rb'"prompt"[ \t\r\n]*:[ \t\r\n]*')
 
