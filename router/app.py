@@ -9,8 +9,10 @@ from typing import Any
 from kv_protocol.messages import Admitted
 from router.accounting import Accounting, Decision
 from router.admission import Admission
+from router.breaker import Breaker
 from router.client import Client, Receive, Scope, Send
 from router.config import Settings, WorkerSpec
+from router.control import Control
 from router.errors import ApiError, ClientGone, MethodNotAllowed
 from router.health import Monitor
 from router.index import Index
@@ -18,9 +20,10 @@ from router.metrics import Metrics
 from router.pipeline import PATHS, Pipeline
 from router.policies import make_policy
 from router.pool_prompts import PoolPrompts
+from router.reload import Sources
 from router.reports import Sweeper, Watcher
 from router.upstream import Timeouts, Upstream
-from router.workers import Breaker, Registry, Worker
+from router.workers import Registry, Worker
 
 RECHECK_S = 30.0
 """Shortest time between two comparisons of one worker's tokenization that its own counts ask for."""
@@ -33,7 +36,7 @@ _log = logging.getLogger(__name__)
 class Gateway:
     """All parts of one router process. Make it, ``start`` it in a running event loop, ``close`` it there."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, sources: Sources | None = None) -> None:
         self.settings = settings
         self.registry = Registry()
         self.index = Index()
@@ -60,20 +63,22 @@ class Gateway:
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._others: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self.control = Control(self, sources)
 
     async def start(self) -> None:
         """Start watching the workers; returns when each was checked once, or after ``FIRST_CHECK_S``."""
         self._spawn(Sweeper(self.index).run())
-        monitors = [self._monitors[self.add_worker(spec).name] for spec in self.settings.workers]
         try:
             async with asyncio.timeout(FIRST_CHECK_S):
-                await asyncio.gather(*(monitor.checked.wait() for monitor in monitors))
+                await self.control.start()
+                await asyncio.gather(*(monitor.checked.wait() for monitor in self.monitors))
                 await asyncio.gather(*(self._loaded(model) for model in tuple(self._loading)))
         except TimeoutError:
             _log.warning("serving before every worker was checked")
 
     async def close(self) -> None:
         """Stop every task and close every connection."""
+        await self.control.close()
         tasks = [task for tasks in self._tasks.values() for task in tasks] + list(self._others)
         tasks += self._loading.values()
         for task in tasks:
@@ -89,15 +94,15 @@ class Gateway:
             Conflict: its name or URL is taken.
         """
         settings = self.settings
-        timeouts = Timeouts(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout)
         breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
-        worker = Worker(spec, Upstream(spec.title, spec.url, timeouts), breaker)
+        worker = Worker(spec, Upstream(spec.title, spec.url, self.timeouts()), breaker)
         self.registry.add(worker)
         monitor = self._monitors[worker.name] = Monitor(
             worker,
             self.registry,
             interval=settings.health_interval,
             timeout=settings.health_timeout,
+            models_interval=settings.models_interval,
             came_up=self._qualify,
         )
         self._tasks[worker.name] = [asyncio.create_task(monitor.run())]
@@ -106,7 +111,7 @@ class Gateway:
             self._tasks[worker.name].append(asyncio.create_task(watcher.run()))
         return worker
 
-    async def remove_worker(self, worker: Worker) -> None:
+    def remove_worker(self, worker: Worker) -> None:
         """Send nothing more to a worker and forget it; requests it is serving are finished."""
         self.registry.remove(worker.name)
         self._watchers.pop(worker.name, None)
@@ -114,10 +119,22 @@ class Gateway:
         tasks = self._tasks.pop(worker.name, [])
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for prompts in self.prompts.values():
             prompts.forget(worker)
         self._spawn(self._retire(worker))
+
+    @property
+    def monitors(self) -> tuple[Monitor, ...]:
+        """One for each worker."""
+        return tuple(self._monitors.values())
+
+    def timeouts(self) -> Timeouts:
+        settings = self.settings
+        return Timeouts(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout)
+
+    async def on_sibling(self, operation: str, arguments: Any) -> Any:
+        """What another process of this gateway asks of this one."""
+        raise NotImplementedError(operation)
 
     def _watcher(self, worker: Worker) -> Watcher:
         return Watcher(
@@ -137,7 +154,8 @@ class Gateway:
                 break
             await asyncio.sleep(0.1)
         worker.upstream.close()
-        self.metrics.forget(worker.name)
+        if self.registry.get(worker.name) is None:  # another may have come by that name
+            self.metrics.forget(worker.name)
 
     def _admitted(self, worker: Worker, message: Admitted) -> None:
         self.accounting.admitted(worker, message)
@@ -243,9 +261,10 @@ class Application:
                 return
 
 
-def create_app(settings: Settings) -> Application:
-    """The application for these settings; its lifespan starts and stops the gateway."""
+def create_app(settings: Settings, sources: Sources | None = None) -> Application:
+    """The application for these settings; its lifespan starts and stops the gateway. ``sources`` is where the settings
+    came from, to be read again."""
     from router.api import make_rest  # noqa: PLC0415 - the api modules take the gateway's type from here
 
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, sources)
     return Application(gateway, make_rest(gateway))

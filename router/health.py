@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from router.errors import UNDECODABLE, UpstreamError
+from router.errors import UNDECODABLE, RouterError, UpstreamError
 from router.workers import ModelCard, Registry, Worker
 
 _DESCRIBE_TIMEOUT_S = 5.0
@@ -19,6 +19,15 @@ class _ModelList(msgspec.Struct):
     data: list[ModelCard]
 
 
+class _NoModels(RouterError):
+    """A worker did not say what it serves; the text says why."""
+
+
+def bases_of(models: dict[str, ModelCard]) -> set[tuple[str, str | None, int | None]]:
+    """What tokenization hangs on: the models that are no adapters."""
+    return {(card.id, card.root, card.max_model_len) for card in models.values() if not card.parent}
+
+
 class Monitor:
     """Checks one worker, once per interval. ``checked`` is set after the first time; ``came_up`` is awaited in the background each time it starts to answer."""
 
@@ -29,19 +38,26 @@ class Monitor:
         *,
         interval: float,
         timeout: float,
+        models_interval: float = 30.0,
         came_up: Callable[[Worker], Awaitable[None]],
     ) -> None:
         self._worker = worker
         self._registry = registry
-        self._interval = interval
-        self._timeout = timeout
+        self.configure(interval, timeout, models_interval)
         self._came_up = came_up
         self._nudged = asyncio.Event()
         self.checked = asyncio.Event()
         self._failures = 0
         self._said_down = False
         self._suspect = False
+        self._listed_at = 0.0
         self._qualifying: asyncio.Task[None] | None = None
+
+    def configure(self, interval: float, timeout: float, models_interval: float) -> None:
+        """How often to check, how long to wait, how often to look at the model list; in seconds."""
+        self._interval = interval
+        self._timeout = timeout
+        self._models_interval = models_interval
 
     def nudge(self) -> None:
         """Check now, and if it answers, see again what it serves: it may be another process."""
@@ -86,23 +102,54 @@ class Monitor:
         self._failures = 0
         if not self._worker.up or self._suspect:
             await self._describe()
+        elif asyncio.get_running_loop().time() - self._listed_at >= self._models_interval:
+            await self._refresh()
+
+    async def _models(self) -> dict[str, ModelCard]:
+        """The worker's models by name.
+
+        Raises:
+            _NoModels: it does not say.
+        """
+        self._listed_at = asyncio.get_running_loop().time()
+        try:
+            answer = await self._worker.upstream.fetch("GET", "/v1/models", timeout=_DESCRIBE_TIMEOUT_S)
+            if answer.status != 200:
+                raise _NoModels(f"GET /v1/models answered {answer.status}")
+            cards = msgspec.json.decode(answer.body, type=_ModelList).data
+        except (UpstreamError, *UNDECODABLE) as error:
+            raise _NoModels(f"its model list cannot be read: {error}") from error
+        if not cards:
+            raise _NoModels("its model list is empty")
+        return {card.id: card for card in cards}
+
+    async def _refresh(self) -> None:
+        """See whether a running worker serves other models: LoRA adapters are loaded and unloaded while it runs."""
+        worker = self._worker
+        try:
+            models = await self._models()
+        except _NoModels as error:
+            _log.debug("worker %s: %s", worker.name, error)
+            return
+        if bases_of(models) != bases_of(worker.models):
+            self._suspect = True  # another process, or other weights: the next check looks at everything
+        if models.keys() != worker.models.keys() or any(
+            (models[name].root, models[name].parent) != (worker.models[name].root, worker.models[name].parent)
+            for name in models
+        ):
+            _log.info("worker %s now serves %s", worker.name, ", ".join(models))
+            worker.models = models
+            self._registry.regroup()
 
     async def _describe(self) -> None:
         worker = self._worker
         try:
-            models = await worker.upstream.fetch("GET", "/v1/models", timeout=_DESCRIBE_TIMEOUT_S)
-            if models.status != 200:
-                self._failed(f"GET /v1/models answered {models.status}")
-                return
-            cards = msgspec.json.decode(models.body, type=_ModelList).data
-        except (UpstreamError, *UNDECODABLE) as error:
-            self._failed(f"its model list cannot be read: {error}")
-            return
-        if not cards:
-            self._failed("its model list is empty")
+            models = await self._models()
+        except _NoModels as error:
+            self._failed(str(error))
             return
         self._suspect = False
-        worker.models = {card.id: card for card in cards}
+        worker.models = models
         worker.has_tokenize = True
         worker.engine_version = await self._version()
         was_up, worker.up, worker.down_reason = worker.up, True, ""

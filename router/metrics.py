@@ -32,6 +32,7 @@ class Metrics:
         self.predictions = self._counter("predictions", "Predictions compared with the outcome", "worker", "result")
         self.token_counts = self._counter("token_counts", "Prompt lengths compared", "worker", "result")
         self.tokenized = self._counter("tokenized_prompts", "Who tokenized the prompts", "model", "by")
+        self.config_changes = self._counter("config_changes", "Changes of settings while running", "result")
         self.ttft = self._histogram("ttft_seconds", "From request to first response byte", _SECONDS, "worker")
         self.duration = self._histogram("request_seconds", "From request to last byte", _SECONDS, "worker")
         self.routing = self._histogram("routing_seconds", "From parsed request to chosen worker", _ROUTING_SECONDS)

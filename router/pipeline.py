@@ -101,6 +101,10 @@ class Pipeline:
         self._metrics = metrics
         self._prompts = prompts
 
+    def reconfigure(self, settings: Settings, policy: Policy) -> None:
+        """Work by other settings from the next request on."""
+        self._settings, self._policy = settings, policy
+
     async def handle(self, client: Client, kind: Kind) -> None:
         """Serve one request, whatever becomes of it."""
         request_id = request_id_of(client.scope["headers"])

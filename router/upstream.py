@@ -256,7 +256,7 @@ class Upstream:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         self._prefix = parts.path.encode()
-        self._timeouts = timeouts
+        self.timeouts = timeouts
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
         self._ticker: asyncio.TimerHandle | None = None
@@ -283,7 +283,7 @@ class Upstream:
         Raises:
             UpstreamError: the worker cannot be reached or failed to answer.
         """
-        deadline = first_byte_timeout or self._timeouts.first_byte
+        deadline = first_byte_timeout or self.timeouts.first_byte
         while True:
             connection = self._kept() or await self._connect()
             reused = connection.used
@@ -360,13 +360,13 @@ class Upstream:
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._timeouts.connect):
+            async with asyncio.timeout(self.timeouts.connect):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self.worker, self._timeouts.idle, loop), self._host, self._port, ssl=self._tls
+                    lambda: Connection(self.worker, self.timeouts.idle, loop), self._host, self._port, ssl=self._tls
                 )
                 return connection
         except TimeoutError as error:
-            what = f"accepted no connection within {self._timeouts.connect:g} s"
+            what = f"accepted no connection within {self.timeouts.connect:g} s"
             raise ConnectFailed(self.worker, what) from error
         except (OSError, UnicodeError) as error:  # UnicodeError: the host is no name at all
             raise ConnectFailed(self.worker, f"cannot be reached: {error}") from error

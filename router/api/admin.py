@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
-from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict
+from fastapi import APIRouter, Body, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from router.config import LOOPBACK, WorkerSpec
+from router.control import MAX_TTL_S
 from router.errors import UNDECODABLE, Forbidden, InvalidRequest, NotFound, Unauthorized
 from router.splice import Kind
 from router.workers import Worker
@@ -33,29 +34,74 @@ class DrainRequest(Selector):
     drain: bool = True
 
 
-def make_admin(gateway: "Gateway") -> APIRouter:
-    router = APIRouter(prefix="/admin", dependencies=[Depends(_guard(gateway))])
+class AddRequest(WorkerSpec):
+    """A worker to add; ``ttl`` seconds of lease, 0 for none."""
 
+    ttl: float = Field(default=0.0, ge=0, le=MAX_TTL_S, allow_inf_nan=False)
+
+    @field_validator("key", mode="before")
+    @classmethod
+    def _key_is_said(cls, key: Any) -> Any:
+        # Whoever may add workers must not thereby read files and variables of the gateway.
+        if isinstance(key, str) and key.startswith(("file:", "env:")):
+            raise ValueError("a key given over HTTP is the key itself, not where the gateway finds it")
+        return key
+
+    def spec(self) -> WorkerSpec:
+        return WorkerSpec(**{name: getattr(self, name) for name in self.model_fields_set - {"ttl"}})
+
+
+def make_admin(gateway: "Gateway") -> APIRouter:
+    """Every route, behind the guard."""
+    router = APIRouter(prefix="/admin", dependencies=[Depends(_guard(gateway))])
+    _add_workers(router, gateway)
+    _add_config(router, gateway)
+    _add_inspection(router, gateway)
+    return router
+
+
+def _add_workers(router: APIRouter, gateway: "Gateway") -> None:
     @router.get("/workers")
     async def workers() -> Any:
-        return {"workers": [describe(worker) for worker in gateway.registry.workers]}
+        shown = [describe(worker) | _membership(gateway, worker) for worker in gateway.registry.workers]
+        return {"workers": shown, "names": gateway.control.describe_names()}
 
     @router.post("/workers", status_code=201)
-    async def add(spec: WorkerSpec) -> Any:
-        return describe(gateway.add_worker(spec))
+    async def add(request: AddRequest, response: Response) -> Any:
+        worker, fresh = await gateway.control.add_worker(request.spec(), request.ttl)
+        response.status_code = 201 if fresh else 200
+        return describe(worker) | _membership(gateway, worker)
 
     @router.delete("/workers")
     async def remove(worker: Annotated[str, Query()]) -> Any:
         found = _find(gateway, worker)
-        await gateway.remove_worker(found)
+        await gateway.control.remove_worker(found)
         return {"removed": found.name}
 
     @router.post("/workers/drain")
     async def drain(request: DrainRequest) -> Any:
         found = _find(gateway, request.worker)
-        found.draining = request.drain
-        return describe(found)
+        await gateway.control.drain_worker(found, drain=request.drain)
+        return describe(found) | _membership(gateway, found)
 
+
+def _add_config(router: APIRouter, gateway: "Gateway") -> None:
+    @router.get("/config")
+    async def config() -> Any:
+        return gateway.control.describe_settings()
+
+    @router.patch("/config")
+    async def change_config(request: Annotated[dict[str, Any], Body()]) -> Any:
+        await gateway.control.set_overrides(request)
+        return gateway.control.describe_settings()
+
+    @router.post("/config/reload")
+    async def reload_config() -> Any:
+        gateway.control.reload()
+        return gateway.control.describe_settings()
+
+
+def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
     @router.get("/index")
     async def index(worker: str | None = None) -> Any:
         if worker is not None:
@@ -76,8 +122,6 @@ def make_admin(gateway: "Gateway") -> APIRouter:
         kept = gateway.settings.recent_requests
         recent = gateway.accounting.recent(kept if id else limit)
         return {"requests": [msgspec.to_builtins(item) for item in recent if id is None or item.request_id == id]}
-
-    return router
 
 
 def describe(worker: Worker) -> dict[str, Any]:
@@ -112,6 +156,15 @@ def describe(worker: Worker) -> dict[str, Any]:
         "trust": round(worker.trust, 3),
         "predictions": dict(worker.predictions),
         "relists": dict(worker.relists),
+    }
+
+
+def _membership(gateway: "Gateway", worker: Worker) -> dict[str, Any]:
+    control, url = gateway.control, worker.spec.url
+    return {
+        "named_by": control.membership.origin_of(url),
+        "leaving": control.membership.leaving(url),
+        "lease": control.lease_of(url),
     }
 
 

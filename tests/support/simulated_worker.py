@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -37,7 +38,7 @@ from kv_protocol.messages import (
     pack,
 )
 from router.app import Gateway, create_app
-from router.config import load
+from router.reload import Sources
 from router.server import make_server
 
 CHUNK = 16
@@ -403,14 +404,16 @@ def chat_body(text: str, **members: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def running_gateway(*workers: SimulatedWorker, **settings: Any) -> AsyncIterator[RunningGateway]:
-    """Serve with these workers, named a, b, …; they are killed at the end."""
+async def running_gateway(
+    *workers: SimulatedWorker, file: Path | None = None, **settings: Any
+) -> AsyncIterator[RunningGateway]:
+    """Serve with these workers, named a, b, …; they are killed at the end. A ``file`` of settings names them itself."""
     names = [chr(ord("a") + number) for number in range(len(workers))]
     specs = [worker.spec(name) for worker, name in zip(workers, names, strict=True)]
     quick = {"health_interval": 0.1, "report_heartbeat": 0.4, "seed": 1, "drain_timeout": 1}
-    server = make_server(
-        app := create_app(load({"workers": specs, "port": 0, **quick, **settings}, {})), app.gateway.settings
-    )
+    named = {} if file is not None else {"workers": specs}
+    sources = Sources({**named, "port": 0, **quick, **settings}, {}, str(file) if file is not None else None)
+    server = make_server(app := create_app(sources.load(), sources), app.gateway.settings)
     serving = asyncio.create_task(server.serve())
     try:
         await until(lambda: server.started or serving.done())

@@ -1,0 +1,303 @@
+"""The control plane of one process: which workers there are, which settings hold, and how both change while it runs."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from router.admin_state import AdminState, Change, Memory, Store
+from router.config import Settings, WorkerSpec
+from router.discovery.dns import NameWatch
+from router.discovery.membership import ADMIN, SETTINGS, Membership
+from router.discovery.names import DnsSpec
+from router.errors import ApiError, ConfigError, Conflict, InvalidRequest
+from router.policies import make_policy
+from router.reload import RELOADABLE, Reloader, Sources, changed
+from router.siblings import Siblings
+from router.workers import Worker
+
+if TYPE_CHECKING:
+    from router.app import Gateway
+
+TICK_S = 1.0
+"""How often leases are looked at, and what other processes changed."""
+MAX_TTL_S = 86_400.0
+_POLICY_SETTINGS = frozenset({"policy", "saturation_seconds", "saturation_tokens", "seed"})
+
+_log = logging.getLogger(__name__)
+
+
+class Control:
+    """Owns membership, settings and admin state of a gateway. ``start`` and ``close`` it in the gateway's loop."""
+
+    def __init__(
+        self,
+        gateway: "Gateway",
+        sources: Sources | None = None,
+        store: Store | None = None,
+        siblings: Siblings | None = None,
+    ) -> None:
+        self._gateway = gateway
+        self._store = store or Memory()
+        self.siblings = siblings or Siblings()
+        self.membership = Membership(
+            gateway.registry,
+            add=gateway.add_worker,
+            remove=gateway.remove_worker,
+            patience=lambda: gateway.settings.drain_timeout,
+        )
+        self.reloader = Reloader(gateway.settings, sources or Sources.of(gateway.settings), self._apply)
+        self.state = AdminState()
+        self._names: dict[DnsSpec, tuple[NameWatch, asyncio.Task[None]]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reload_asked = asyncio.Event()
+
+    async def start(self) -> None:
+        """Bring the workers in; returns when every name was looked up once, or could not be."""
+        self._claim_settings(self._gateway.settings)
+        await self.siblings.start(self._on_call)
+        self._settle(await self._store.read())
+        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_file())]
+        watches = [watch.looked_up.wait() for watch, _ in self._names.values()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._gateway.settings.discovery_timeout * 2):
+                await asyncio.gather(*watches)
+
+    async def close(self) -> None:
+        """Stop every task."""
+        tasks = self._tasks + self.membership.close() + [task for _, task in self._names.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.siblings.close()
+
+    def ask_reload(self) -> None:
+        """Have the configuration file read now, changed or not."""
+        self._reload_asked.set()
+
+    # Workers.
+
+    async def add_worker(self, spec: WorkerSpec, ttl: float = 0.0) -> tuple[Worker, bool]:
+        """Add a worker, with ``ttl`` for so many seconds; the worker, and whether it is a fresh one.
+
+        Raises:
+            Conflict: its name is taken, or its URL and it brings no lease.
+            InvalidRequest: ``ttl`` is out of range.
+        """
+        if not 0 <= ttl <= MAX_TTL_S:
+            raise InvalidRequest(f"ttl is a number of seconds up to {MAX_TTL_S:g}", param="ttl")
+        registry = self._gateway.registry
+        for other in registry.workers:
+            same_url = other.spec.url == spec.url
+            if (other.name == spec.title and not same_url) or (same_url and not ttl and not self._departed(spec.url)):
+                raise Conflict(f"worker {other.name} at {other.spec.url} is there already", param="url")
+        before = registry.find(spec.url)
+        fresh = before is None or self._departed(spec.url)
+        renewed = ttl > 0 and not fresh and self._same(spec)
+        await self._change(lambda state: state.with_worker(spec, ttl), tell=not renewed)
+        worker = registry.find(spec.url)
+        if worker is None:
+            raise Conflict(
+                self.membership.problems.get(spec.url, f"worker {spec.title} could not be added"), param="url"
+            )
+        return worker, fresh
+
+    async def remove_worker(self, worker: Worker) -> None:
+        """Remove a worker by hand, whoever named it."""
+        url = worker.spec.url
+        others = any(origin != ADMIN for origin in self.membership.origin_of(url))
+        await self._change(lambda state: state.without_worker(url, overrule=others), at_once=url)
+
+    async def drain_worker(self, worker: Worker, *, drain: bool) -> None:
+        url = worker.spec.url
+        await self._change(lambda state: state.with_drain(url, drain=drain))
+
+    def lease_of(self, url: str) -> dict[str, float] | None:
+        """A worker's lease in seconds, None where it has none."""
+        entry = self.state.workers.get(url)
+        if entry is None or not entry.ttl:
+            return None
+        return {"ttl": entry.ttl, "expires_in_s": round(max(0.0, entry.until - time.monotonic()), 3)}
+
+    # Settings.
+
+    async def set_overrides(self, given: Mapping[str, Any]) -> None:
+        """Change settings at run time, for all processes; None takes an override back.
+
+        Raises:
+            InvalidRequest: a setting is unknown, wrong, or read at the start only; nothing has changed.
+        """
+
+        def change(state: AdminState) -> AdminState:
+            merged = {**state.overrides, **given}
+            overrides = {name: value for name, value in merged.items() if value is not None}
+            try:
+                self.reloader.check(overrides)
+            except ConfigError as error:
+                self._refused()
+                raise InvalidRequest(str(error), code="settings_refused") from error
+            return state.replace(overrides=overrides)
+
+        await self._change(change)
+
+    def describe_settings(self) -> dict[str, Any]:
+        """Every setting with its value, who said it, and whether it can be changed now; secrets are masked."""
+        reloader, settings = self.reloader, self._gateway.settings
+        values = settings.model_dump(mode="json")
+        sources = reloader.sources
+        return {
+            "file": sources.file or None,
+            "error": reloader.error or None,
+            "changed_at": reloader.changed_at,
+            "applied": reloader.applied,
+            "refused": reloader.refused,
+            "settings": {
+                name: {
+                    "value": value,
+                    "source": sources.origin(name, reloader.overrides, settings),
+                    "reloadable": name in RELOADABLE,
+                }
+                for name, value in values.items()
+            },
+        }
+
+    def describe_names(self) -> list[dict[str, Any]]:
+        """What every DNS name was last seen to name."""
+        return [watch.describe() for watch, _ in self._names.values()]
+
+    # How changes come to be.
+
+    async def _change(self, change: Change, *, at_once: str = "", tell: bool = True) -> None:
+        self._settle(await self._store.update(change), at_once=at_once)
+        if tell:
+            await self.siblings.tell("sync")
+
+    def _settle(self, state: AdminState, *, at_once: str = "") -> None:
+        """Make this process as the admin state says."""
+        before, self.state = self.state, state
+        if state.overrides != before.overrides:
+            try:
+                self.reloader.set(state.overrides)
+            except ConfigError:
+                _log.exception("settings that another process accepted are refused here")
+        self.membership.claim(ADMIN, self._leased(state))
+        self.membership.overrule(removed=state.removed, drained=state.drained)
+        self.membership.settle(at_once=at_once)
+
+    def _leased(self, state: AdminState) -> list[WorkerSpec]:
+        now = time.monotonic()
+        return [entry.worker() for entry in state.workers.values() if not entry.expired(now)]
+
+    def _departed(self, url: str) -> bool:
+        return self.membership.leaving(url)
+
+    def _same(self, spec: WorkerSpec) -> bool:
+        entry = self.state.workers.get(spec.url)
+        return entry is not None and entry.worker() == spec
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self._look_around()
+            except (ApiError, OSError, ValueError) as error:
+                _log.warning("the admin state could not be brought up to date: %s", error)
+
+    async def _look_around(self) -> None:
+        state = await self._store.read()
+        now = time.monotonic()
+        idle = {url for url in state.removed if not self.membership.origin_of(url)}
+        if state.without_expired(now) is not state or idle:
+            state = await self._store.update(lambda held: _tidied(held, now, idle))
+        if state is not self.state:
+            self._settle(state)
+
+    async def _watch_file(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._gateway.settings.config_interval):
+                    await self._reload_asked.wait()
+            if self._reload_asked.is_set():
+                self._reload_asked.clear()
+                self.reload()
+            elif self.reloader.sources.file:
+                self._look_at_file()
+
+    def _look_at_file(self) -> None:
+        before = (self.reloader.applied, self.reloader.refused)
+        self.reloader.look()
+        if (self.reloader.applied, self.reloader.refused) != before:
+            self._said()
+
+    def reload(self) -> None:
+        """Read the configuration file now; what becomes of it shows in ``describe_settings``."""
+        self.reloader.reload()
+        self._said()
+
+    def _said(self) -> None:
+        result = "refused" if self.reloader.error else "applied"
+        self._gateway.metrics.config_changes.labels(result).inc()
+
+    def _refused(self) -> None:
+        self.reloader.refused += 1
+        self._gateway.metrics.config_changes.labels("refused").inc()
+
+    def _apply(self, wanted: Settings) -> None:
+        """Put checked settings into force, in one go."""
+        apply_settings(self._gateway, wanted)
+        self._claim_settings(wanted)
+        self.membership.settle()
+
+    def _claim_settings(self, settings: Settings) -> None:
+        self.membership.claim(SETTINGS, settings.workers)
+        for spec in [spec for spec in self._names if spec not in settings.discover]:
+            _, task = self._names.pop(spec)
+            task.cancel()
+            self.membership.release(spec.title)
+        for spec in settings.discover:
+            if spec not in self._names:
+                self._names[spec] = self._watch_name(spec)
+            watch = self._names[spec][0]
+            watch.interval, watch.timeout = settings.discovery_interval, settings.discovery_timeout
+
+    def _watch_name(self, spec: DnsSpec) -> tuple[NameWatch, asyncio.Task[None]]:
+        def found(workers: list[WorkerSpec]) -> None:
+            self.membership.claim(spec.title, workers)
+            self.membership.settle()
+
+        settings = self._gateway.settings
+        watch = NameWatch(spec, found, interval=settings.discovery_interval, timeout=settings.discovery_timeout)
+        return watch, asyncio.create_task(watch.run())
+
+    async def _on_call(self, operation: str, arguments: Any) -> Any:
+        """What another process of this gateway asks."""
+        if operation == "sync":
+            self._settle(await self._store.read())
+            return True
+        return await self._gateway.on_sibling(operation, arguments)
+
+
+def _tidied(state: AdminState, now: float, idle: set[str]) -> AdminState:
+    kept = state.without_expired(now)
+    return kept.replace(removed=kept.removed - idle) if kept.removed & idle else kept
+
+
+def apply_settings(gateway: "Gateway", settings: Settings) -> None:
+    """Have every part of a gateway work by other settings from now on. Requests under way keep what they began with."""
+    policy = gateway.policy
+    if _POLICY_SETTINGS & set(changed(gateway.settings, settings)):
+        policy = make_policy(settings)  # a fresh one has forgotten whose turn it was
+    gateway.settings = settings
+    gateway.policy = policy
+    gateway.pipeline.reconfigure(settings, policy)
+    gateway.admission.resize(
+        settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes
+    )
+    for worker in gateway.registry.workers:
+        worker.upstream.timeouts = gateway.timeouts()
+        worker.breaker.configure(settings.breaker_failures, settings.breaker_seconds)
+    for monitor in gateway.monitors:
+        monitor.configure(settings.health_interval, settings.health_timeout, settings.models_interval)
+    logging.getLogger().setLevel(settings.log_level.upper())
