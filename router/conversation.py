@@ -28,6 +28,10 @@ _NULLABLE_CONTENT = frozenset({"assistant", "function"})
 _BILLING_HEADER = "x-anthropic-billing-header"
 
 
+class AsGiven(dict[str, Any]):
+    """A tool call's function whose members keep their order, as those of a Responses body do."""
+
+
 def conversation_of(messages: Any, content_format: ContentFormat) -> list[Message]:
     """The messages as templates get them, none of them shared with the input.
 
@@ -150,7 +154,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     _string(call.get("id"), f"{where}.id")
     _string(function.get("name"), f"{where}.function.name")
     arguments = _arguments(_string(function.get("arguments"), f"{where}.function.arguments"))
-    ordered = {**_ordered(function, ("arguments", "name")), "arguments": arguments}
+    first = () if isinstance(function, AsGiven) else ("arguments", "name")
+    ordered = {**_ordered(function, first), "arguments": arguments}
     return {**_ordered(call, ("id", "function", "type")), "function": ordered}
 
 

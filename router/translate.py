@@ -15,6 +15,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from router.conversation import AsGiven
 from router.errors import RouterError, Unrenderable
 
 Dialect = Literal["messages", "responses"]
@@ -324,7 +325,7 @@ def _join(messages: list[Message], member: str, text: str) -> None:
 def _add_call(messages: list[Message], item: Message, name: str, arguments: str) -> None:
     call = {
         "id": _text(item.get("call_id"), "call_id"),
-        "function": {"name": name, "arguments": arguments},
+        "function": AsGiven(name=name, arguments=arguments),
         "type": "function",
     }
     if messages and messages[-1]["role"] == "assistant":
