@@ -33,20 +33,23 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, field_validator
 
 from router.errors import ConfigError, Forbidden, InvalidRequest, ModelNotFound, Unauthorized
-from router.limits import Usage
+from router.limits import Meter, Usage
 from router.parse import Request
+from router.queue import Claim
 from router.salt import derive_salt, with_salt
 
 KEY_PREFIX = "wr-"
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 """Headers that carry a client's key; they do not travel on to workers where keys are in use."""
 PRIORITY_HEADER = b"x-warmroute-priority"
+BYTES_PER_TOKEN = 4
+"""What a token is taken to be where a prompt is not tokenized."""
 _LONGEST_KEY = 512
 _SHORTEST_KEY = 32
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
@@ -178,6 +181,28 @@ class Tenant:
         )
 
 
+class Visit(NamedTuple):
+    """One request of a tenant."""
+
+    tenant: Tenant
+    claim: Claim
+    meter: Meter
+
+    def prompt(self, tokens: int, request: Request) -> None:
+        """Take the prompt's tokens; where nobody counted them, about as many as its bytes make.
+
+        Raises:
+            Limited: the key has not so many left.
+        """
+        self.tenant.usage.prompt(tokens or len(request.raw) // BYTES_PER_TOKEN, time.monotonic())
+
+    def leave(self) -> None:
+        usage = self.tenant.usage
+        usage.leave()
+        if tokens := self.meter.tokens:
+            usage.completion(tokens, time.monotonic())
+
+
 class Access:
     """The keys in force. ``authenticate`` costs about 2 µs whatever their number."""
 
@@ -237,6 +262,17 @@ class Access:
             self.refused += 1
             raise Unauthorized("the API key has expired", code="expired_api_key")
         return tenant
+
+    def enter(self, headers: Iterable[tuple[bytes, bytes]], size: int) -> "Visit":
+        """Let a request of ``size`` bytes in; ``leave`` ends its visit.
+
+        Raises:
+            ApiError: its key is not in force, or has reached a limit.
+        """
+        tenant = self.authenticate(headers)
+        claim = Claim(tenant.name, tenant.urgency(headers), tenant.weight, size)
+        tenant.usage.enter(time.monotonic())
+        return Visit(tenant, claim, Meter())
 
     def reload(self) -> bool:
         """Read the file again if it changed; whether it did and is in force. A file that cannot be used changes nothing,

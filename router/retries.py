@@ -16,10 +16,10 @@ LONGEST_BACKOFF_S = 1.0
 class RetryBudget:
     """``requests`` is counted up by whoever sends one; all else is worked out when a retry is wanted."""
 
-    __slots__ = ("_at", "_level", "_ratio", "_seen", "exhausted", "requests")
+    __slots__ = ("_at", "_level", "_seen", "exhausted", "ratio", "requests")
 
     def __init__(self, ratio: float, now: float = 0.0) -> None:
-        self._ratio = ratio
+        self.ratio = ratio
         self._level = RESERVE_PER_S * WINDOW_S if ratio else 0.0
         self._at = now
         self._seen = 0
@@ -41,9 +41,9 @@ class RetryBudget:
 
     def _earn(self, now: float) -> None:
         elapsed = now - self._at
-        if not self._ratio or elapsed <= 0:
+        if not self.ratio or elapsed <= 0:
             return
-        per_second = self._ratio * (self.requests - self._seen) / elapsed + RESERVE_PER_S
+        per_second = self.ratio * (self.requests - self._seen) / elapsed + RESERVE_PER_S
         kept = math.exp(-elapsed / WINDOW_S)
         self._level = self._level * kept + per_second * WINDOW_S * (1 - kept)
         self._seen, self._at = self.requests, now
