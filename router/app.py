@@ -7,6 +7,7 @@ from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
 from kv_protocol.messages import Admitted
+from router.access import make_access
 from router.accounting import Accounting, Decision
 from router.admission import Admission
 from router.breaker import Breaker
@@ -20,6 +21,7 @@ from router.metrics import Metrics
 from router.pipeline import PATHS, Pipeline
 from router.policies import make_policy
 from router.pool_prompts import PoolPrompts
+from router.probe import works
 from router.reload import Sources
 from router.reports import Sweeper, Watcher
 from router.upstream import Timeouts, Upstream
@@ -47,6 +49,8 @@ class Gateway:
         self.accounting = Accounting(settings.recent_requests, self.metrics, self._distrusted, self._miscounted)
         self.prompts: dict[str, PoolPrompts] = {}
         self.policy = make_policy(settings)
+        self.access = make_access(settings.api_keys_file, settings.api_keys.get_secret_value())
+        self.draining = False
         self.pipeline = Pipeline(
             settings=settings,
             registry=self.registry,
@@ -56,6 +60,8 @@ class Gateway:
             accounting=self.accounting,
             metrics=self.metrics,
             prompts=self.prompts,
+            access=self.access,
+            suspected=self._suspected,
         )
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
         self._watchers: dict[str, Watcher] = {}
@@ -63,11 +69,14 @@ class Gateway:
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._others: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._asked: set[str] = set()
         self.control = Control(self, sources)
 
     async def start(self) -> None:
         """Start watching the workers; returns when each was checked once, or after ``FIRST_CHECK_S``."""
         self._spawn(Sweeper(self.index).run())
+        if self.access is not None and self.settings.api_keys_file:
+            self._spawn(self.access.watch(self.settings.config_interval))
         try:
             async with asyncio.timeout(FIRST_CHECK_S):
                 await self.control.start()
@@ -168,6 +177,24 @@ class Gateway:
         _log.warning("worker %s reused less than predicted again and again: its cache is listed again", worker.name)
         if watcher := self._watchers.get(worker.name):
             watcher.relist("trust")
+
+    def _suspected(self, worker: Worker) -> None:
+        """A worker answers 500 again and again: see whether it works at all, or its requests are at fault."""
+        if worker.name not in self._asked:
+            self._asked.add(worker.name)
+            self._spawn(self._ask(worker))
+
+    async def _ask(self, worker: Worker) -> None:
+        try:
+            if await works(worker):
+                worker.breaker.acquitted()
+                return
+            worker.breaker.convicted(asyncio.get_running_loop().time())
+            _log.warning(
+                "worker %s answers 500, to a prompt of one letter too: it is kept out for a while", worker.name
+            )
+        finally:
+            self._asked.discard(worker.name)
 
     def _miscounted(self, worker: Worker, decision: Decision, tokens: int) -> None:
         """A worker counted other prompt tokens than were counted here: compare its tokenization at once."""

@@ -13,6 +13,7 @@ import msgspec
 
 from router.client import Client, Headers
 from router.errors import BadGateway, RetryableStatus, UpstreamError
+from router.limits import Meter
 from router.parse import response_headers
 from router.upstream import Connection, Upstream
 
@@ -30,11 +31,14 @@ class Delivery(msgspec.Struct, eq=False):
     status: int = 0
     cached_tokens: int | None = None
     broken: UpstreamError | None = None
+    meter: Meter | None = None
 
     def scan(self, data: bytes) -> None:
         """Look for the tokens the worker says it reused; inside a JSON string the pattern cannot occur unescaped."""
         if b'"cached_tokens":' in data and (found := _CACHED.findall(data)):
             self.cached_tokens = int(found[-1])
+        if self.meter is not None:
+            self.meter.scan(data)
 
 
 async def forward(
@@ -46,8 +50,10 @@ async def forward(
     extra: Headers,
     may_retry: Callable[[], bool],
     first_byte: Callable[[], None],
+    meter: Meter | None = None,
 ) -> Delivery:
-    """Send a request and deliver its response. ``first_byte`` is called when the response's body begins.
+    """Send a request and deliver its response. ``first_byte`` is called when the response's body begins; ``meter`` sees
+    all of it.
 
     Raises:
         UpstreamError: the worker failed and nothing was sent to the client.
@@ -56,7 +62,7 @@ async def forward(
     try:
         if connection.status in RETRYABLE and may_retry():
             raise RetryableStatus(upstream.worker, f"answered {connection.status}")
-        delivery = Delivery(connection.status)
+        delivery = Delivery(connection.status, meter=meter)
         headers = _merged(connection.headers, extra)
         if _is_event_stream(headers):
             await _stream(client, connection, headers, delivery, first_byte)

@@ -4,13 +4,15 @@ back, account. Each step is a module; this one leads through them."""
 import asyncio
 import copy
 import logging
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from kv_protocol.hashing import chunk_hashes, root_hash
+from router.access import CREDENTIALS, Access, Visit
 from router.accounting import Accounting, Decision
 from router.admission import Admission
 from router.client import Client, Headers
@@ -27,14 +29,16 @@ from router.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from router.forward import Delivery, forward
+from router.forward import RETRYABLE, Delivery, forward
 from router.index import NO_HIT, Hit, Index
 from router.metrics import Metrics
 from router.parse import Request, forwarded_headers, parse_request, request_id_of
 from router.policies import Candidate, Choice, Policy, Query, candidate
 from router.pool_prompts import PoolPrompts, Tokenized
+from router.queue import NOBODY
+from router.retries import RetryBudget, backoff
 from router.splice import Kind, can_carry_ids, splice_token_ids
-from router.workers import Flight, Pool, Registry, Worker
+from router.workers import Flight, Pool, Registry, Worker, least_bad
 
 PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _TARGETS: Mapping[Kind, bytes] = {kind: path.encode() for path, kind in PATHS.items()}
@@ -74,6 +78,7 @@ class Journey(msgspec.Struct, eq=False):
     plan: Plan
     decision: Decision
     started: float
+    visit: Visit | None = None
     failures: dict[str, UpstreamError] = {}
 
 
@@ -91,7 +96,13 @@ class Pipeline:
         accounting: Accounting,
         metrics: Metrics,
         prompts: dict[str, PoolPrompts],
+        access: Access | None = None,
+        suspected: Callable[[Worker], None] = lambda _: None,
     ) -> None:
+        self._access = access
+        self._suspected = suspected
+        self.retries = RetryBudget(settings.retry_ratio)
+        self._rng = random.Random(settings.seed)  # noqa: S311 - spreads retries
         self._settings = settings
         self._registry = registry
         self._index = index
@@ -104,13 +115,17 @@ class Pipeline:
     def reconfigure(self, settings: Settings, policy: Policy) -> None:
         """Work by other settings from the next request on."""
         self._settings, self._policy = settings, policy
+        self.retries.ratio = settings.retry_ratio
 
     async def handle(self, client: Client, kind: Kind) -> None:
         """Serve one request, whatever becomes of it."""
         request_id = request_id_of(client.scope["headers"])
         with client:
             try:
-                await self._admit(client, kind, request_id)
+                if self._access is None:
+                    await self._admit(client, kind, request_id)
+                else:
+                    await self._admit_tenant(client, kind, request_id, self._access)
             except ClientGone:
                 pass
             except asyncio.CancelledError:
@@ -171,13 +186,23 @@ class Pipeline:
         plan = await self.plan(parse_request(kind, raw, [], "dry-run"))
         return plan, self.choose(plan, {}, copy.deepcopy(self._policy))
 
-    async def _admit(self, client: Client, kind: Kind, request_id: str) -> None:
+    async def _admit_tenant(self, client: Client, kind: Kind, request_id: str, access: Access) -> None:
+        visit = access.enter(client.scope["headers"], client.declared_length)
+        try:
+            await self._admit(client, kind, request_id, visit)
+        finally:
+            visit.leave()
+
+    async def _admit(self, client: Client, kind: Kind, request_id: str, visit: Visit | None = None) -> None:
         started = time.perf_counter()
         settings = self._settings
         headers = forwarded_headers(
             client.scope["headers"], most=settings.max_headers, most_bytes=settings.max_header_bytes
         )
-        await self._admission.enter()
+        if visit is not None:
+            headers = [header for header in headers if header[0] not in CREDENTIALS]
+        if not self._admission.enter_now():
+            await self._admission.enter(visit.claim if visit is not None else NOBODY)
         held = 0
 
         def hold(size: int) -> None:
@@ -187,14 +212,19 @@ class Pipeline:
         try:
             hold(min(client.declared_length, settings.max_body_bytes))
             raw = await client.read_body(settings.max_body_bytes, settings.body_timeout, hold)
-            await self._serve(client, parse_request(kind, raw, headers, request_id), started)
+            request = parse_request(kind, raw, headers, request_id)
+            if visit is not None:
+                visit.tenant.bind(request)
+            await self._serve(client, request, started, visit)
         finally:
             self._admission.free(held)
             self._admission.leave()
 
-    async def _serve(self, client: Client, request: Request, started: float) -> None:
+    async def _serve(self, client: Client, request: Request, started: float, visit: Visit | None) -> None:
         parsed = time.perf_counter()
         plan = await self.plan(request)
+        if visit is not None:
+            visit.prompt(plan.prompt_tokens, request)
         decision = Decision(
             request.request_id,
             time.time(),
@@ -203,7 +233,8 @@ class Pipeline:
             tokenized_by=plan.tokenized.by,
             prompt_tokens=plan.prompt_tokens,
         )
-        journey = Journey(client, plan, decision, started)
+        self.retries.requests += 1
+        journey = Journey(client, plan, decision, started, visit)
         while (routed := self._next(journey)) is not None:
             if not journey.failures:
                 self._metrics.routing.observe(time.perf_counter() - parsed)
@@ -211,12 +242,25 @@ class Pipeline:
                 await self._send(journey, routed)
             except UpstreamError as error:
                 journey.failures[error.worker] = error
-                self._failed(routed.choice.worker, error)
                 if isinstance(error, UpstreamTimeout):
                     break  # what took this long here would take as long elsewhere
+                if not self._may_repeat(journey, routed.choice.worker, error):
+                    break
+                await asyncio.sleep(backoff(len(journey.failures), self._settings.retry_backoff, self._rng))
             else:
                 return
         raise self._nobody(plan.pool, journey.failures)
+
+    def _may_repeat(self, journey: Journey, worker: Worker, error: UpstreamError) -> bool:
+        """Whether the retry is within the budget. It is free where it adds no load: nothing was sent, or the worker
+        that failed is out and another is well."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, ConnectFailed):
+            return True
+        out = not worker.available(now)
+        if out and any(other.available(now) for other in journey.plan.pool.workers):
+            return True
+        return self.retries.take(now)
 
     def _next(self, journey: Journey) -> Routed | None:
         within = len(journey.failures) <= self._settings.retries
@@ -227,14 +271,15 @@ class Pipeline:
         decision = journey.decision
         flight = Flight(asyncio.get_running_loop().time(), max(0, journey.plan.prompt_tokens - hit.total))
         self._decided(journey, routed, hit)
-        worker.breaker.begin()
+        generation = worker.breaker.begin()
         worker.load.sent(flight)
         outcome = "abandoned"
         try:
             delivery = await self._forward(journey, worker, flight)
-            outcome = self._delivered(worker, journey.plan.pool, decision, delivery)
-        except UpstreamError:
+            outcome = self._delivered(worker, journey.plan.pool, decision, delivery, generation)
+        except UpstreamError as error:
             outcome = "failed"
+            self._failed(worker, error, generation)
             raise
         finally:
             worker.load.finished(flight)
@@ -242,7 +287,7 @@ class Pipeline:
             decision.duration_s = time.perf_counter() - journey.started
             self._metrics.of_worker(worker.name).duration.observe(decision.duration_s)
             if outcome == "abandoned":
-                worker.breaker.abandoned()
+                worker.breaker.abandoned(generation)
                 self._metrics.abandoned.labels(worker.name).inc()
             self._accounting.finished(decision)
 
@@ -255,7 +300,11 @@ class Pipeline:
 
         def may_retry() -> bool:
             others = {**journey.failures, worker.name: None}
-            return len(journey.failures) < self._settings.retries and bool(self._takers(plan, others))
+            return (
+                len(journey.failures) < self._settings.retries
+                and self.retries.allows(asyncio.get_running_loop().time())
+                and bool(_fitting(plan, self._available(plan.pool, others)))
+            )
 
         head, body = self._upstream_request(journey.client, plan, worker)
         return await forward(
@@ -266,6 +315,7 @@ class Pipeline:
             extra=self._extra_headers(worker, decision),
             may_retry=may_retry,
             first_byte=first_byte,
+            meter=journey.visit.meter if journey.visit is not None else None,
         )
 
     def _decided(self, journey: Journey, routed: Routed, hit: Hit) -> None:
@@ -287,26 +337,28 @@ class Pipeline:
         series.prompt_tokens.inc(plan.prompt_tokens)
         series.predicted.inc(hit.total)
 
-    def _delivered(self, worker: Worker, pool: Pool, decision: Decision, delivery: Delivery) -> str:
+    def _delivered(self, worker: Worker, pool: Pool, decision: Decision, delivery: Delivery, generation: int) -> str:
         decision.status = delivery.status
         decision.cached_tokens = delivery.cached_tokens
         series = self._metrics.of_worker(worker.name)
         series.answered(pool.model, delivery.status)
         if delivery.broken is not None:
             self._metrics.broken.labels(worker.name).inc()
-            self._failed(worker, delivery.broken)
+            self._failed(worker, delivery.broken, generation)
             return "broken"
-        if delivery.status >= 500:
-            worker.breaker.failed(asyncio.get_running_loop().time())
-        else:
-            worker.breaker.succeeded()
+        if delivery.status < 500:
+            worker.breaker.succeeded(generation)
+        elif delivery.status in RETRYABLE:
+            worker.breaker.failed(asyncio.get_running_loop().time(), generation)
+        elif worker.breaker.suspected(generation):
+            self._suspected(worker)
         if decision.ttft_s is not None:
             series.ttft.observe(decision.ttft_s)
         return "served"
 
-    def _failed(self, worker: Worker, error: UpstreamError) -> None:
+    def _failed(self, worker: Worker, error: UpstreamError, generation: int) -> None:
         self._metrics.failures.labels(worker.name, type(error).__name__).inc()
-        worker.breaker.failed(asyncio.get_running_loop().time())
+        worker.breaker.failed(asyncio.get_running_loop().time(), generation)
         if isinstance(error.__cause__, ConnectionRefusedError):
             worker.mark_down(str(error))
         _log.warning("%s", error)
@@ -367,10 +419,10 @@ class Pipeline:
         return [worker for worker in pool.workers if worker.name not in exclude and worker.available(now)]
 
     def _takers(self, plan: Plan, exclude: Mapping[str, object]) -> list[Worker]:
-        """The available workers whose context the prompt fits, as far as both are known."""
-        longest = max(map(len, plan.tokenized.prompts), default=0)
-        available = self._available(plan.pool, exclude)
-        return [worker for worker in available if not (room := _context(worker, plan.pool)) or longest < room]
+        """The available workers whose context the prompt fits, as far as both are known; where every breaker is open,
+        the least bad ones."""
+        available = self._available(plan.pool, exclude) or least_bad(plan.pool.workers, exclude)
+        return _fitting(plan, available)
 
     def _worth_asking(self, pool: Pool) -> list[Worker]:
         """Workers that can tokenize, where anything is gained from it: hits to compare."""
@@ -429,6 +481,11 @@ class Pipeline:
         return Unavailable(
             f"no worker serving {pool.model!r} can take the request ({reasons})", retry_after=_RETRY_AFTER_S
         )
+
+
+def _fitting(plan: Plan, workers: Sequence[Worker]) -> list[Worker]:
+    longest = max(map(len, plan.tokenized.prompts), default=0)
+    return [worker for worker in workers if not (room := _context(worker, plan.pool)) or longest < room]
 
 
 def _why_not(worker: Worker) -> str:

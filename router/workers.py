@@ -1,11 +1,13 @@
 """The workers: what each serves, whether it can take requests, how loaded it is, and what is known of its cache."""
 
 import math
+from collections.abc import Container, Iterable
 from typing import Literal
 
 import msgspec
 
 from kv_protocol.messages import Heartbeat, Hello
+from router.breaker import Breaker
 from router.config import WorkerSpec
 from router.errors import Conflict
 from router.upstream import Upstream
@@ -90,47 +92,6 @@ class Load:
                 self._own += flight.uncached
                 flight.reported = False
         self._reported = 0
-
-
-class Breaker:
-    """Keeps a worker out after failures in a row; then lets one request try. Each failed try doubles the time, up to
-    sixteen times."""
-
-    def __init__(self, failures: int, seconds: float) -> None:
-        self._limit = failures
-        self._seconds = seconds
-        self._failures = 0
-        self._openings = 0
-        self._closed_until = 0.0
-        self._trying = False
-
-    @property
-    def state(self) -> Literal["closed", "open", "half-open"]:
-        if not self._openings:
-            return "closed"
-        return "half-open" if self._trying else "open"
-
-    def allows(self, now: float) -> bool:
-        return not self._openings or (now >= self._closed_until and not self._trying)
-
-    def begin(self) -> None:
-        """A request is sent; while open, it is the one that tries."""
-        self._trying = bool(self._openings)
-
-    def succeeded(self) -> None:
-        self._failures = self._openings = 0
-        self._trying = False
-
-    def abandoned(self) -> None:
-        """The request ended without saying anything about the worker."""
-        self._trying = False
-
-    def failed(self, now: float) -> None:
-        self._trying = False
-        self._failures += 1
-        if self._failures >= self._limit:
-            self._closed_until = now + self._seconds * (1 << min(self._openings, 4))
-            self._openings += 1
 
 
 class Worker:
@@ -218,6 +179,14 @@ class Worker:
 
     def _reported_requests(self) -> int:
         return self.heartbeat.running + self.heartbeat.waiting if self.heartbeat is not None else 0
+
+
+def least_bad(workers: Iterable[Worker], exclude: Container[str] = ()) -> list[Worker]:
+    """Where every breaker is open, no worker is kept out by its breaker alone: those that opened the fewest times in a
+    row. Empty where none is up. O(workers)."""
+    left = [worker for worker in workers if worker.up and not worker.draining and worker.name not in exclude]
+    least = min((worker.breaker.badness for worker in left), default=0)
+    return [worker for worker in left if worker.breaker.badness == least]
 
 
 class Pool(msgspec.Struct, frozen=True):

@@ -174,11 +174,10 @@ def test_simulated_failures_open_the_breaker_and_success_closes_it() -> None:
         worker = await SimulatedWorker().start()
         settings = {"breaker_failures": 3, "breaker_seconds": 0.3, "health_interval": 60}
         async with running_gateway(worker, **settings) as gateway:
-            worker.status = 500
-            assert [(await gateway.chat("hello")).status_code for _ in range(4)] == [500, 500, 500, 503]
+            worker.status = 504
+            assert [(await gateway.chat("hello")).status_code for _ in range(4)] == [504] * 4, "the last worker serves"
             assert (await gateway.worker("a"))["breaker"] == "open"
             worker.status = 200
-            await asyncio.sleep(0.35)
             assert (await gateway.chat("hello")).status_code == 200
             assert (await gateway.worker("a"))["breaker"] == "closed"
 
