@@ -24,6 +24,7 @@ from router.pool_prompts import PoolPrompts
 from router.probe import works
 from router.reload import Sources
 from router.reports import Sweeper, Watcher
+from router.turns import Turns
 from router.upstream import Timeouts, Upstream
 from router.workers import Registry, Worker
 
@@ -64,6 +65,7 @@ class Gateway:
             suspected=self._suspected,
         )
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
+        self._turns = Turns()
         self._watchers: dict[str, Watcher] = {}
         self._monitors: dict[str, Monitor] = {}
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
@@ -74,7 +76,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Start watching the workers; returns when each was checked once, or after ``FIRST_CHECK_S``."""
-        self._spawn(Sweeper(self.index).run())
+        self._spawn(Sweeper(self.index, audit_entries=self.settings.verify_entries, wrong=self._miscarried).run())
         if self.access is not None and self.settings.api_keys_file:
             self._spawn(self.access.watch(self.settings.config_interval))
         try:
@@ -149,9 +151,10 @@ class Gateway:
         return Watcher(
             worker,
             self.index,
+            self._turns,
             token=self.settings.report_token.get_secret_value(),
             heartbeat=self.settings.report_heartbeat,
-            verify_entries=self.settings.verify_entries,
+            most_chunks=self.settings.max_worker_chunks,
             admitted=self._admitted,
             lost=self._lost,
             rng=self._rng,
@@ -195,6 +198,11 @@ class Gateway:
             )
         finally:
             self._asked.discard(worker.name)
+
+    def _miscarried(self, name: str) -> None:
+        _log.error("the index does not hold of worker %s what was counted in: its cache is listed again", name)
+        if watcher := self._watchers.get(name):
+            watcher.relist("audit")
 
     def _miscounted(self, worker: Worker, decision: Decision, tokens: int) -> None:
         """A worker counted other prompt tokens than were counted here: compare its tokenization at once."""

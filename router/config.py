@@ -160,7 +160,10 @@ class Settings(BaseSettings):
     health_interval: float = Field(default=1.0, gt=0, description="time between health checks")
     health_timeout: float = Field(default=2.0, gt=0, description="longest wait for a health check")
     report_heartbeat: float = Field(default=1.0, gt=0, description="the workers' heartbeat period; three missed end it")
-    verify_entries: int = Field(default=20_000, ge=0, description="index entries recounted for each digest")
+    verify_entries: int = Field(default=20_000, ge=0, description="index entries recounted each second")
+    max_worker_chunks: int = Field(
+        default=4_000_000, ge=1, description="most chunks the index takes from a worker, counted once for every tier"
+    )
     recent_requests: int = Field(default=1000, ge=0, le=1_000_000, description="routing decisions kept for inspection")
     drain_timeout: float = Field(default=30.0, ge=0, description="how long requests may finish after a stop signal")
     drain_delay: float = Field(

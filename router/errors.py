@@ -2,6 +2,7 @@
 
 RouterError
 ├── ConfigError              a setting is unknown, malformed or contradicts another
+├── TooManyChunks            a worker reports more than the index takes from one
 ├── Unrenderable             a prompt cannot be reproduced exactly, so it is not hashed here
 ├── ApiError                 answered to the client as an OpenAI error object
 │   ├── InvalidRequest       400, names the field
@@ -40,6 +41,10 @@ class RouterError(Exception):
 
 
 class ConfigError(RouterError):
+    pass
+
+
+class TooManyChunks(RouterError):
     pass
 
 

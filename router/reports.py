@@ -34,11 +34,17 @@ from kv_protocol.messages import (
     encode,
     unpack,
 )
+from router.errors import TooManyChunks
 from router.index import Index
+from router.turns import Turns
 from router.workers import Worker
 
-SLICE_CHUNKS = 2048
-"""Chunks applied between two turns of the event loop: about a millisecond."""
+AUDIT_ROUND_S = 5.0
+"""Shortest time for one recount of the whole index."""
+_SWEEP_ENTRIES = 1024
+_SWEEP_PAUSE_S = 0.001
+_LIES = 2
+_SLACK_CHUNKS = 4096
 BACKOFF_S = (0.1, 5.0)
 CONNECT_TIMEOUT_S = 5.0
 CALM_S = 10.0
@@ -64,10 +70,11 @@ class Watcher:
         self,
         worker: Worker,
         index: Index,
+        turns: Turns,
         *,
         token: str,
         heartbeat: float,
-        verify_entries: int,
+        most_chunks: int,
         admitted: Callable[[Worker, Admitted], None],
         lost: Callable[[Worker], None],
         rng: random.Random,
@@ -76,7 +83,8 @@ class Watcher:
         self._index = index
         self._token = token
         self._silence = heartbeat * _MISSED
-        self._verify_entries = verify_entries
+        self._turns = turns
+        self._most_chunks = most_chunks
         self._admitted = admitted
         self._lost = lost
         self._rng = rng
@@ -99,7 +107,7 @@ class Watcher:
             began = loop.time()
             try:
                 await self._stream()
-            except (OSError, UnicodeError, ProtocolError, TimeoutError, _Relist) as error:
+            except (OSError, UnicodeError, ProtocolError, TimeoutError, TooManyChunks, _Relist) as error:
                 self._note(error)
             except Exception as error:  # noqa: BLE001 - whatever a worker sends, it must not end the watch
                 _log.exception("reports of worker %s could not be taken", self._worker.name)
@@ -139,11 +147,15 @@ class Watcher:
                 data = await reader.read(_READ_BYTES)
             if not data:
                 raise ConnectionResetError("the worker closed the report stream")
+            began = loop.time()
             for message in decoder.feed(data):
                 await self._apply(message)
                 # Within a snapshot every frame is a sign of life; afterwards only heartbeats are.
                 if not self._worker.synced or isinstance(message, Heartbeat):
-                    deadline = loop.time() + self._silence
+                    began = loop.time()
+                    deadline = began + self._silence
+            # Waiting for a turn is not the worker's silence.
+            deadline += loop.time() - began
 
     async def _apply(self, message: Message) -> None:
         match message:
@@ -187,7 +199,7 @@ class Watcher:
         if not 0 < hello.chunk_size < 2**32:
             raise MalformedFrame(f"the worker's chunk size is {hello.chunk_size}")
         self._index.drop(self._worker.name)
-        self._index.open(self._worker.name)
+        self._index.open(self._worker.name, self._limit(hello))
         if hello.epoch != self._epoch:
             self._epoch = hello.epoch
             self._worker.epochs += 1
@@ -195,26 +207,29 @@ class Watcher:
         self._worker.hello = hello
         self._worker.reports_error = ""
 
+    def _limit(self, hello: Hello) -> int:
+        """A worker may report twice what it says fits, for what it counts otherwise, and never more than is set."""
+        claims = [tier.capacity_chunks for tier in hello.tiers]
+        claimed = sum(claims) * _LIES + _SLACK_CHUNKS if all(claim > 0 for claim in claims) else self._most_chunks
+        return min(claimed, self._most_chunks)
+
     async def _in_slices(self, apply: Callable[[str, str, list[bytes]], None], tier: str, chunks: bytes) -> None:
-        width = SLICE_CHUNKS * HASH_BYTES
-        apply(self._worker.name, tier, unpack(chunks[:width]))
-        for at in range(width, len(chunks), width):
-            await asyncio.sleep(0)
-            apply(self._worker.name, tier, unpack(chunks[at : at + width]))
+        for at in self._turns.slices(chunks, HASH_BYTES):
+            piece = unpack(chunks[at : at + self._turns.chunks * HASH_BYTES])
+            await self._turns.take(len(piece))
+            apply(self._worker.name, tier, piece)
 
     async def _clear(self, tier: str) -> None:
         self._index.cleared(self._worker.name, tier)
-        while self._index.sweep(SLICE_CHUNKS):  # noqa: ASYNC110 - work is done, in turns
-            await asyncio.sleep(0)
+        while not self._index.is_swept(self._worker.name):
+            await self._turns.take(self._turns.chunks)
+            self._index.sweep(self._turns.chunks)
 
     def _beat(self, message: Heartbeat) -> None:
-        now = asyncio.get_running_loop().time()
-        self._worker.heartbeat = message
-        self._worker.heartbeat_at = now
-        self._worker.load.heartbeat(message.uncached_tokens, now)
+        self._worker.beat(message, asyncio.get_running_loop().time())
 
     def _verify(self, message: Digest) -> None:
-        wrong = self._index.verify(self._worker.name, message.tiers, self._verify_entries)
+        wrong = self._index.verify(self._worker.name, message.tiers)
         self._worker.digests_checked += 1
         if wrong:
             self._worker.digest_mismatches += 1
@@ -284,15 +299,38 @@ async def _reply(reader: asyncio.StreamReader) -> Any:
 
 
 class Sweeper:
-    """Sweeps what dropped workers left in the index, a little at a time."""
+    """Looks after the index, a little at a time: sweeps what dropped workers left, and recounts what is there, up to
+    ``audit_entries`` entries a second. ``wrong`` is called with the name of a worker whose entries are not as counted.
+    """
 
-    def __init__(self, index: Index, period: float = 0.05) -> None:
+    def __init__(
+        self,
+        index: Index,
+        *,
+        audit_entries: int,
+        wrong: Callable[[str], None],
+        period: float = 0.05,
+    ) -> None:
         self._index = index
+        self._audit_entries = round(audit_entries * period)
+        self._wrong = wrong
         self._period = period
+        self._next_round = 0.0
 
     async def run(self) -> None:
         """Sweep until cancelled."""
         with suppress(asyncio.CancelledError):
             while True:
-                busy = self._index.sweep(SLICE_CHUNKS)
-                await asyncio.sleep(0.002 if busy else self._period)
+                busy = self._index.sweep(_SWEEP_ENTRIES)
+                if not busy:
+                    self._audit()
+                await asyncio.sleep(_SWEEP_PAUSE_S if busy else self._period)
+
+    def _audit(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now < self._next_round or not self._audit_entries:
+            return
+        for worker in self._index.audit(self._audit_entries):
+            self._wrong(worker)
+        if not self._index.audited:
+            self._next_round = now + AUDIT_ROUND_S

@@ -182,7 +182,7 @@ class SimulatedWorker:
 
     def _hello(self, writer: asyncio.StreamWriter, *, watch: bool) -> None:
         self.opened += 1
-        tiers = [TierInfo(name, 1000, 1024) for name in self.tiers]
+        tiers = [TierInfo(name, 100_000, 1024) for name in self.tiers]
         identity = Identity("weights", "bf16", "LBNHC", ())
         writer.write(
             encode(Hello(f"epoch-{self.epoch}", self.model, self.chunk_size, 4, identity, tiers, max_model_len=4096))
