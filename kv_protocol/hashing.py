@@ -72,15 +72,30 @@ def chunk_hashes(
         raise ValueError(f"start ({start}) must be a multiple of chunk_size ({chunk_size})")
     data = token_bytes(tokens)
     items = sorted(media, key=lambda item: (item.offset, item.length))
+    if not items:
+        return run_hashes(parent, data, chunk_size)
     width = chunk_size * 4
     hashes: list[bytes] = []
     for at in range(0, len(data) - width + 1, width):
-        preimage = parent + data[at : at + width]
-        if items:
-            preimage += _media_bytes(items, start + at // 4, chunk_size)
+        preimage = parent + data[at : at + width] + _media_bytes(items, start + at // 4, chunk_size)
         parent = sha256(preimage).digest()[:HASH_BYTES]
         hashes.append(parent)
     return hashes
+
+
+def run_hashes(parent: bytes, tokens: bytes, chunk_size: int) -> list[bytes]:
+    """What ``chunk_hashes`` gives for tokens without media, given as their ``token_bytes``."""
+    width = chunk_size * 4
+    hashes: list[bytes] = []
+    for at in range(0, len(tokens) - width + 1, width):
+        parent = sha256(parent + tokens[at : at + width]).digest()[:HASH_BYTES]
+        hashes.append(parent)
+    return hashes
+
+
+def chunk_hash(parent: bytes, tokens: bytes) -> bytes:
+    """Hash of one whole chunk without media, given its ``token_bytes``."""
+    return sha256(parent + tokens).digest()[:HASH_BYTES]
 
 
 def _media_bytes(items: list[Media], first: int, chunk_size: int) -> bytes:

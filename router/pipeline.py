@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from kv_protocol.hashing import chunk_hashes, root_hash
+from kv_protocol.hashing import root_hash
 from router.access import CREDENTIALS, Access, Visit
 from router.accounting import Accounting, Decision
 from router.admission import Admission
@@ -37,7 +37,7 @@ from router.policies import Candidate, Choice, Policy, Query, candidate
 from router.pool_prompts import PoolPrompts, Tokenized
 from router.queue import NOBODY
 from router.retries import RetryBudget, backoff
-from router.splice import Kind, can_carry_ids, splice_token_ids
+from router.splice import Kind, can_carry_ids, ids_of, splice
 from router.workers import Flight, Pool, Registry, Worker, least_bad
 
 PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -384,10 +384,9 @@ class Pipeline:
         worker.sent_ids += 1
         if not worker.sent_ids % SAMPLE_EVERY:
             return request.raw
-        if request.kind == "chat":
-            return splice_token_ids(request.raw, tokenized.prompts[0], "chat")
-        several = isinstance(request.body["prompt"], list)
-        return splice_token_ids(request.raw, tokenized.prompts if several else tokenized.prompts[0], "completions")
+        several = request.kind != "chat" and isinstance(request.body["prompt"], list)
+        encoded = ids_of(tokenized.prompts, several=several)
+        return splice(request.raw, encoded, request.kind, given="kv_transfer_params" in request.body)
 
     def _extra_headers(self, worker: Worker, decision: Decision) -> Headers:
         headers = [(b"x-request-id", decision.request_id.encode("ascii"))]
@@ -456,10 +455,7 @@ class Pipeline:
         if namespace not in plan.hashes:
             model, size = namespace
             root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt=plan.request.cache_salt)
-            try:
-                plan.hashes[namespace] = [chunk_hashes(root, ids, size) for ids in plan.tokenized.prompts]
-            except ValueError as error:
-                raise InvalidRequest(str(error), param="prompt") from error
+            plan.hashes[namespace] = [ids.chunks(root, size) for ids in plan.tokenized.prompts]
         return plan.hashes[namespace]
 
     def tiers(self, plan: Plan, worker: Worker) -> dict[str, int]:

@@ -15,6 +15,7 @@ import msgspec
 from router.errors import UNDECODABLE, ConfigError, InvalidRequest, Unrenderable, UpstreamError
 from router.parity import check_parity
 from router.prompt import PromptBuilder, tokenize_request
+from router.prompt_ids import PromptIds
 from router.splice import Kind
 from router.workers import Worker
 
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 class Tokenized(NamedTuple):
     """Token ids of each prompt of a request, empty where nobody could tell; ``by`` whom; ``why`` not by the router."""
 
-    prompts: Sequence[list[int]]
+    prompts: Sequence[PromptIds]
     by: Literal["router", "worker", "nobody"]
     why: str = ""
 
@@ -133,11 +134,12 @@ class PoolPrompts:
         try:
             given = _given_ids(kind, body)
             if given is not None:
-                return Tokenized(given, "router")
+                return Tokenized(_checked(given), "router")
             if not workers or _has_media(body):
                 return Tokenized((), "nobody", why)
             worker = min(workers, key=lambda w: w.weight)
-            return Tokenized([await tokenize_at(worker, tokenize_request(body, kind))], "worker", why)
+            ids = await tokenize_at(worker, tokenize_request(body, kind))
+            return Tokenized(_checked([ids]), "worker", why)
         except (UpstreamError, Unrenderable, InvalidRequest) as error:
             return Tokenized((), "nobody", f"{why}; {error}")
 
@@ -167,6 +169,13 @@ async def tokenize_at(worker: Worker, request: dict[str, Any]) -> list[int]:
         return msgspec.json.decode(answer.body, type=_Tokens).tokens
     except UNDECODABLE as error:
         raise Unrenderable(f"the worker's /tokenize answered no token ids: {error}") from error
+
+
+def _checked(prompts: Sequence[list[int]]) -> list[PromptIds]:
+    try:
+        return [PromptIds.of(ids) for ids in prompts]
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="prompt") from error
 
 
 class _Tokens(msgspec.Struct):

@@ -1,15 +1,17 @@
 """A request body to the token ids its worker would make of it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from router.chat_template import ChatTemplate, ContentFormat
 from router.conversation import conversation_of, tools_of
 from router.errors import ConfigError, InvalidRequest, Unrenderable
+from router.prompt_ids import PromptIds
 from router.splice import Kind, can_carry_ids, splice_token_ids
-from router.tokenizer import LOOP_BUDGET_S, Tokenizer, build_tokenizer
+from router.token_memory import TokenMemory
+from router.tokenizer import LOOP_BUDGET_S, MEMORY_BYTES, Tokenizer, build_tokenizer
 from router.tokenizer_files import TokenizerFiles
 
 __all__ = ["PromptBuilder", "can_carry_ids", "splice_token_ids", "tokenize_request"]
@@ -28,6 +30,10 @@ _TOKENIZE_FIELDS = (
     "media_io_kwargs",
 )
 _MAX_INT64 = 2**63 - 1
+_MOST_MARKS = 3
+# Rendering is copying, and needs the interpreter's lock anyway: only bodies of many megabytes are worth a thread.
+_LONG_BODY = 4 << 20
+_MANY_MESSAGES = 1000
 
 
 class PromptBuilder:
@@ -48,6 +54,7 @@ class PromptBuilder:
         drop_tools_when_tool_choice_none: bool = False,
         max_model_len: int | None = None,
         own_chat_encoding: str | None = None,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend
@@ -60,6 +67,7 @@ class PromptBuilder:
         self._drop_tools = drop_tools_when_tool_choice_none
         self._own_chat_encoding = own_chat_encoding
         self._compiled: dict[str, ChatTemplate] = {}
+        self.memory: TokenMemory | None = tokenizer.memory(self._marks(), memory_bytes)
 
     @classmethod
     def load(cls, tokenizer_path: str | Path, chat_template: str | None = None, **settings: Any) -> "PromptBuilder":
@@ -92,18 +100,22 @@ class PromptBuilder:
             InvalidRequest: a field has a type no OpenAI-compatible server takes; names it.
             Unrenderable: only the worker can tell.
         """
-        if (ids := _forwarded_ids(body)) is not None:
-            return ids
-        text = self.render(body)
-        return self._tokens(text, body, add_special_tokens=_flag(body, "add_special_tokens", default=False))
+        return self._chat_now(body).tolist()
 
-    async def chat_async(self, body: dict[str, Any], size: int | None = None) -> list[int]:
-        """Like ``chat``; long conversations are built in a thread. ``size``, where known, is the raw body's in bytes
-        and tells long from short; otherwise the messages' text does.
-        """
-        if self._is_quick(_chat_length(body) if size is None else size):
-            return self.chat(body)
-        return await asyncio.to_thread(self.chat, body)
+    async def chat_async(self, body: dict[str, Any]) -> PromptIds:
+        """Like ``chat``, for the event loop: what takes long is done in a thread. Costs what was not seen before."""
+        if _is_long(body):
+            return await asyncio.to_thread(self._chat_now, body)
+        return await self._finish(self._chat(body))
+
+    def _chat_now(self, body: dict[str, Any]) -> PromptIds:
+        return self._chat(body)()
+
+    def _chat(self, body: dict[str, Any]) -> "_Pending":
+        if (ids := _forwarded_ids(body)) is not None:
+            return _Pending.done(_checked(ids))
+        text = self.render(body)
+        return self._tokens(text, body, special=_flag(body, "add_special_tokens", default=False))
 
     def render(self, body: dict[str, Any]) -> str:
         """The text the chat template makes of a /v1/chat/completions body. Raises as ``chat`` does."""
@@ -136,6 +148,13 @@ class PromptBuilder:
             InvalidRequest: ``prompt`` is missing, empty or of a type no OpenAI-compatible server takes.
             Unrenderable: only the worker can tell.
         """
+        return [_some(pending()).tolist() for pending in self._completion(body)]
+
+    async def completion_async(self, body: dict[str, Any]) -> list[PromptIds]:
+        """Like ``completion``, for the event loop: what takes long is done in a thread."""
+        return [_some(await self._finish(pending)) for pending in self._completion(body)]
+
+    def _completion(self, body: dict[str, Any]) -> list["_Pending"]:
         for key in ("suffix", "prompt_embeds"):
             if body.get(key) is not None:
                 raise Unrenderable(f"{key} is set")
@@ -143,22 +162,28 @@ class PromptBuilder:
         prompts = []
         for prompt in _prompts(body.get("prompt")):
             if isinstance(prompt, str):
-                ids = self._tokens(prompt, body, add_special_tokens=special)
+                prompts.append(self._tokens(prompt, body, special=special))
             else:
-                ids = self._cut(prompt, body)
-            if not ids:
-                raise Unrenderable("a prompt has no tokens")
-            prompts.append(ids)
+                prompts.append(_Pending.done(_checked(self._cut(prompt, body))))
         return prompts
 
-    async def completion_async(self, body: dict[str, Any], size: int | None = None) -> list[list[int]]:
-        """Like ``completion``; long prompts are built in a thread. ``size`` is as for ``chat_async``."""
-        if self._is_quick(_text_length(body.get("prompt")) if size is None else size):
-            return self.completion(body)
-        return await asyncio.to_thread(self.completion, body)
+    async def _finish(self, pending: "_Pending") -> PromptIds:
+        if self.tokenizer.seconds_for(pending.characters) <= LOOP_BUDGET_S:
+            return pending()
+        return await asyncio.to_thread(pending)
 
-    def _is_quick(self, characters: int) -> bool:
-        return self.tokenizer.seconds_for(characters) <= LOOP_BUDGET_S
+    def _marks(self) -> list[str]:
+        """Special tokens that open or close the turns of this model's chats, the most frequent first."""
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant", "user")]
+        try:
+            text = self.render({"messages": turns})
+        except Unrenderable:
+            text = ""
+        counts = {token: text.count(token) for token in self.tokenizer.added_tokens() if token in text}
+        counts = counts or dict.fromkeys(self.tokenizer.special_tokens.values(), 1)
+        most = max(counts.values(), default=0)
+        often = [token for token in counts if counts[token] > most // 2]
+        return sorted(often, key=lambda token: -counts[token])[:_MOST_MARKS]
 
     def template_source(self, *, with_tools: bool) -> str | None:
         """The chat template in use for chats with or without tools; None where the model has none."""
@@ -195,17 +220,26 @@ class PromptBuilder:
         given = {key: value for key, value in arguments.items() if not _is_unset(value)}
         return self._default_arguments | given
 
-    def _tokens(self, text: str, body: Mapping[str, Any], *, add_special_tokens: bool) -> list[int]:
+    def _tokens(self, text: str, body: Mapping[str, Any], *, special: bool) -> "_Pending":
         keep, side = self._truncation(body)
         if keep is None:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            encode = self.tokenizer.encode_bytes
+            if (memory := self.memory) is None:
+                return _Pending(len(text), lambda: PromptIds((), encode(text, add_special_tokens=special)))
+            found = memory.find(text, special=special)
+            return _Pending(found.missing, lambda: memory.finish(found))
+        return _Pending(len(text), lambda: _checked(self._truncated(text, keep, side, body, special=special)))
+
+    def _truncated(
+        self, text: str, keep: int, side: str | None, body: Mapping[str, Any], *, special: bool
+    ) -> list[int]:
         if side is None:
             # Cut again: the tokenizer leaves a text alone when there is no room for its special tokens.
-            return self._cut(self.tokenizer.encode_truncated(text, keep, add_special_tokens=add_special_tokens), body)
+            return self._cut(self.tokenizer.encode_truncated(text, keep, add_special_tokens=special), body)
         longest = (self.max_model_len or 0) * self.tokenizer.max_chars_per_token
         if len(text) > longest:
             raise Unrenderable("truncation_side cuts the text itself, at a length that depends on the model's context")
-        return self._cut(self.tokenizer.encode(text, add_special_tokens=add_special_tokens), body)
+        return self._cut(self.tokenizer.encode(text, add_special_tokens=special), body)
 
     def _cut(self, ids: list[int], body: Mapping[str, Any]) -> list[int]:
         keep, side = self._truncation(body)
@@ -236,6 +270,23 @@ class PromptBuilder:
             # Completions generate 16 tokens unless told otherwise, chats as many as fit.
             limit = body.get("max_tokens", 16 if "prompt" in body else None)
         return self.max_model_len - 1 if limit else self.max_model_len
+
+
+class _Pending:
+    """A prompt up to the step that may take long; ``characters`` are those this step has to encode."""
+
+    __slots__ = ("_finish", "characters")
+
+    def __init__(self, characters: int, finish: Callable[[], PromptIds]) -> None:
+        self.characters = characters
+        self._finish = finish
+
+    @classmethod
+    def done(cls, ids: PromptIds) -> "_Pending":
+        return cls(0, lambda: ids)
+
+    def __call__(self) -> PromptIds:
+        return self._finish()
 
 
 def tokenize_request(body: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
@@ -364,11 +415,26 @@ def _checked_ids(ids: list[Any], where: str) -> list[int]:
     return ids
 
 
-def _chat_length(body: Mapping[str, Any]) -> int:
+def _checked(ids: list[int]) -> PromptIds:
+    try:
+        return PromptIds.of(ids)
+    except ValueError as error:
+        raise InvalidRequest(f"a token id is beyond every vocabulary: {error}", param=None) from error
+
+
+def _some(ids: PromptIds) -> PromptIds:
+    if not ids:
+        raise Unrenderable("a prompt has no tokens")
+    return ids
+
+
+def _is_long(body: Mapping[str, Any]) -> bool:
     messages = body.get("messages")
     if not isinstance(messages, list):
-        return 0
-    return sum(_text_length(m.get("content")) for m in messages if isinstance(m, dict))
+        return False
+    if len(messages) > _MANY_MESSAGES:
+        return True
+    return sum(_text_length(message.get("content")) for message in messages if isinstance(message, dict)) > _LONG_BODY
 
 
 def _text_length(content: Any) -> int:

@@ -12,34 +12,60 @@ from typing import Any, Literal
 import msgspec
 
 from router.errors import InvalidRequest
+from router.prompt_ids import PromptIds
 
 Kind = Literal["chat", "completions", "messages", "responses", "generate", "stored", "load"]
 """How a request is read. Prompts are of the first five kinds; ``stored`` asks for a response made before, ``load`` is
 everything routed by load alone."""
 _MEMBERS = dict[str, msgspec.Raw]
+_OPENING = b'"kv_transfer_params":{"prompt_token_ids":'
 _PROMPT_KEY = re.compile(rb'"prompt"[ \t\r\n]*:[ \t\r\n]*')
 
 
 def splice_token_ids(body: bytes, ids: Sequence[int] | Sequence[Sequence[int]], kind: Kind) -> bytes:
     """``body`` with the ids in it: those of one prompt, or for completions also a list per prompt.
 
-    Of a member given twice the last counts, as it does for the worker. About 0.3 ms for a body of 128 KB.
+    Of a member given twice the last counts, as it does for the worker.
 
     Raises:
         InvalidRequest: ``body`` is not a JSON object, or its ``kv_transfer_params`` is not one.
     """
-    members = _members(body, "the body")
     encoded = msgspec.json.encode(ids)
+    return splice(body, [encoded], kind, given="kv_transfer_params" in _members(body, "the body"))
+
+
+def splice(body: bytes, encoded: Sequence[bytes], kind: Kind, *, given: bool) -> bytes:
+    """``body`` with ids whose JSON is ``encoded``, in pieces; ``given`` says whether it has ``kv_transfer_params``.
+
+    A chat is copied once and not read. A completion of 128 KB is read in about 0.05 ms. Raises as
+    ``splice_token_ids`` does.
+    """
     if kind == "completions":
-        return _with_prompt(body, members, encoded)
-    if "kv_transfer_params" in members:
-        given = bytes(members["kv_transfer_params"])
-        inner = {} if given == b"null" else _members(given, "kv_transfer_params")
-        inner["prompt_token_ids"] = msgspec.Raw(encoded)
+        return _with_prompt(body, b"".join(encoded))
+    if given:
+        members = _members(body, "the body")
+        value = bytes(members["kv_transfer_params"])
+        inner = {} if value == b"null" else _members(value, "kv_transfer_params")
+        inner["prompt_token_ids"] = msgspec.Raw(b"".join(encoded))
         return msgspec.json.encode(members | {"kv_transfer_params": inner})
     end = body.rindex(b"}")
-    comma = b"," if members else b""
-    return b"".join((body[:end], comma, b'"kv_transfer_params":{"prompt_token_ids":', encoded, b"}", body[end:]))
+    last = end - 1
+    while body[last] in b" \t\r\n":
+        last -= 1
+    comma = b"" if body[last] == b"{"[0] else b","
+    view = memoryview(body)
+    return b"".join((view[:end], comma, _OPENING, *encoded, b"}", view[end:]))
+
+
+def ids_of(prompts: Sequence[PromptIds], *, several: bool) -> list[bytes]:
+    """JSON of prompts' ids, in pieces: of the only one, or a list of them where there may be ``several``."""
+    if not several:
+        return prompts[0].json_parts()
+    parts = [b"["]
+    for prompt in prompts:
+        parts += (*prompt.json_parts(), b",")
+    parts[-1] = b"]"
+    return parts
 
 
 def can_carry_ids(body: dict[str, Any], kind: Kind) -> bool:
@@ -54,20 +80,33 @@ def can_carry_ids(body: dict[str, Any], kind: Kind) -> bool:
     return not body.get("return_prompt_text") and isinstance(body.get("kv_transfer_params") or {}, dict)
 
 
-def _with_prompt(body: bytes, members: dict[str, msgspec.Raw], encoded: bytes) -> bytes:
-    expected = members | {"prompt": msgspec.Raw(encoded)}
-    if "prompt" in members:
-        old = bytes(members["prompt"])
-        places = [m.end() for m in _PROMPT_KEY.finditer(body) if body.startswith(old, m.end())]
-        if len(places) == 1:
-            spliced = body[: places[0]] + encoded + body[places[0] + len(old) :]
-            if _equal(_members(spliced, "the body"), expected):
-                return spliced
-    return msgspec.json.encode(expected)
+class _PromptOnly(msgspec.Struct):
+    prompt: msgspec.Raw = msgspec.Raw(b"")
 
 
-def _equal(one: dict[str, msgspec.Raw], other: dict[str, msgspec.Raw]) -> bool:
-    return one.keys() == other.keys() and all(bytes(one[key]) == bytes(other[key]) for key in one)
+def _with_prompt(body: bytes, encoded: bytes) -> bytes:
+    """Cut open where the only ``"prompt"`` is a member of the object itself; else written anew."""
+    at = body.find(b'"prompt"')
+    if at >= 0 and body.find(b'"prompt"', at + 1) < 0 and _is_flat(body, at):
+        old = bytes(_prompt_only(body).prompt)
+        key = _PROMPT_KEY.match(body, at)
+        if old and key is not None and body.startswith(old, key.end()):
+            view = memoryview(body)
+            return b"".join((view[: key.end()], encoded, view[key.end() + len(old) :]))
+    return msgspec.json.encode(_members(body, "the body") | {"prompt": msgspec.Raw(encoded)})
+
+
+def _is_flat(body: bytes, end: int) -> bool:
+    """Whether nothing before ``end`` can open another object, list or string that spans it."""
+    before = body[:end]
+    return before.count(b"{") == 1 and b"[" not in before and b"\\" not in before and not before.count(b'"') % 2
+
+
+def _prompt_only(body: bytes) -> _PromptOnly:
+    try:
+        return msgspec.json.decode(body, type=_PromptOnly)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body must be a JSON object: {error}", param=None) from error
 
 
 def _members(data: bytes, what: str) -> dict[str, msgspec.Raw]:

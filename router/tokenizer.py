@@ -7,19 +7,28 @@ is used where it gives the reference's ids, cold and from its memory, for every 
 reference is.
 """
 
-import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
 import fastokens
+import msgspec
 
+from kv_protocol.hashing import token_bytes
+from router.boundaries import Boundaries
 from router.errors import ConfigError, Unrenderable
+from router.prompt_ids import to_ids
+from router.token_memory import Affixes, TokenMemory
 from router.tokenizer_files import BuiltTokenizer, TokenizerFiles, build
 
 SEGMENT_CACHE_BYTES = 64 << 20
+MEMORY_BYTES = 256 << 20
+# Least text worth remembering: shorter text is encoded again in less time than it takes to find.
+_FAST_STEP = 2048
+_REFERENCE_STEP = 256
 # An encoding expected to take longer than this leaves the event loop.
 LOOP_BUDGET_S = 0.002
 # First-seen text is up to five times slower than the calibration text, which has been seen once.
@@ -56,6 +65,11 @@ class Tokenizer:
         self._fast = None if built.split_special_tokens else _fast_twin(built)
         self.backend = "tokenizers" if self._fast is None else "fastokens"
         self.max_chars_per_token = max(map(len, built.engine.get_vocab(with_added_tokens=True)))
+        serialized = msgspec.json.decode(built.engine.to_str(), type=dict[str, Any])
+        self._serialized = {key: value for key, value in serialized.items() if key != "model"}
+        self._lines = Boundaries.of(serialized, ()).lines
+        self._affixes = _affixes(serialized.get("post_processor"))
+        self._may_cut = not built.split_special_tokens and not (serialized.get("model") or {}).get("dropout")
         self._seconds_per_char = self._calibrate()
 
     @classmethod
@@ -74,18 +88,44 @@ class Tokenizer:
         Raises:
             Unrenderable: the text has no UTF-8 form (an unpaired surrogate).
         """
+        return to_ids(self.encode_bytes(text, add_special_tokens=add_special_tokens))
+
+    def encode_bytes(self, text: str, *, add_special_tokens: bool = False) -> bytes:
+        """``encode``'s ids as little-endian uint32. The whole text is encoded, whatever was seen before."""
         try:
-            engine = self._fast or self._reference
-            ids: list[int] = engine.encode(text, add_special_tokens=add_special_tokens).ids
+            if self._fast is not None:
+                return self._fast.encode_batch_flat([text], add_special_tokens)[0]
+            return token_bytes(self._reference.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeError, TypeError, ValueError) as error:
             raise Unrenderable(f"the text cannot be encoded here: {type(error).__name__}") from error
-        return ids
 
-    async def encode_async(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Like ``encode``; a text expected to take longer than ``LOOP_BUDGET_S`` is encoded in a thread."""
-        if self.seconds_for(len(text)) <= LOOP_BUDGET_S:
-            return self.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+    def memory(self, marks: Iterable[str], limit: int = MEMORY_BYTES) -> TokenMemory | None:
+        """A memory for this tokenizer's texts, cut before ``marks`` where that is safe; None where nothing is known to
+        be safe, or where pieces turn out to give other tokens than the whole.
+        """
+        boundaries = Boundaries.of(self._serialized, marks, lines=self._lines)
+        if limit <= 0 or not self._may_cut or self._affixes is None or not (boundaries.marks or boundaries.lines):
+            return None
+        if not self._pieces_are_the_whole(boundaries, self._affixes):
+            return None
+        step = _REFERENCE_STEP if self._fast is None else _FAST_STEP
+        return TokenMemory(self.encode_bytes, boundaries, self._affixes, limit=limit, step=step)
+
+    def added_tokens(self) -> list[str]:
+        """The texts of all added tokens."""
+        return [token["content"] for token in self._serialized.get("added_tokens") or []]
+
+    def _pieces_are_the_whole(self, boundaries: Boundaries, affixes: Affixes) -> bool:
+        """Tried on the corpus, beyond what ``router.boundaries`` proves from the tokenizer's construction."""
+        encode = self.encode_bytes
+        for text in _cut_corpus(boundaries.marks):
+            whole = encode(text)
+            if affixes.before + whole + affixes.after != encode(text, add_special_tokens=True):
+                return False
+            cuts = [0, *boundaries.every(text), len(text)]
+            if b"".join(encode(text[start:end]) for start, end in pairwise(cuts)) != whole:
+                return False
+        return True
 
     def seconds_for(self, characters: int) -> float:
         """A cautious estimate of the time one encoding takes, in seconds."""
@@ -122,6 +162,7 @@ class _Encoding(Protocol):
 
 class _Engine(Protocol):
     def encode(self, text: str, /, *, add_special_tokens: bool) -> _Encoding: ...
+    def encode_batch_flat(self, texts: list[str], add_special_tokens: bool, /) -> tuple[bytes, bytes]: ...
 
 
 def build_tokenizer(files: TokenizerFiles) -> BuiltTokenizer:
@@ -147,10 +188,50 @@ def _same_ids(built: BuiltTokenizer, twin: _Engine) -> bool:
     texts = corpus_for(list(built.engine.get_added_tokens_decoder().values()))
     # Twice: the second time from the segment cache.
     return all(
-        twin.encode(text, add_special_tokens=special).ids == built.engine.encode(text, add_special_tokens=special).ids
+        to_ids(twin.encode_batch_flat([text], special)[0]) == built.engine.encode(text, add_special_tokens=special).ids
         for special in (False, True, False)
         for text in texts
     )
+
+
+def _affixes(post_processor: Mapping[str, Any] | None) -> Affixes | None:
+    """What the post-processor puts around every text; None where it is not known to do just that."""
+    match post_processor:
+        case None | {"type": "ByteLevel"}:
+            return Affixes(b"", b"")
+        case {"type": "TemplateProcessing", "single": pieces, "special_tokens": tokens}:
+            return _template_affixes(pieces, tokens)
+        case {"type": "BertProcessing" | "RobertaProcessing", "cls": [_, first], "sep": [_, last]}:
+            return Affixes(token_bytes([first]), token_bytes([last]))
+        case {"type": "Sequence", "processors": steps}:
+            return _sequence_affixes(steps)
+    return None
+
+
+def _template_affixes(pieces: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> Affixes | None:
+    places = [index for index, piece in enumerate(pieces) if "Sequence" in piece]
+    if len(places) != 1:
+        return None
+    at = places[0]
+    ids = [token_bytes(tokens[piece["SpecialToken"]["id"]]["ids"]) for piece in (*pieces[:at], *pieces[at + 1 :])]
+    return Affixes(b"".join(ids[:at]), b"".join(ids[at:]))
+
+
+def _sequence_affixes(steps: Sequence[Mapping[str, Any]]) -> Affixes | None:
+    whole = Affixes(b"", b"")
+    for step in steps:
+        own = _affixes(step)
+        if own is None:
+            return None
+        whole = Affixes(own.before + whole.before, whole.after + own.after)
+    return whole
+
+
+def _cut_corpus(marks: Sequence[str]) -> list[str]:
+    """Texts with every mark between text of every kind, and lines that open with letters."""
+    lines = "\n".join(f"{text.strip()}\nLine {index}" for index, text in enumerate(_CORPUS))
+    touching = [f"{one}{mark}{other}" for mark in marks for one, other in zip(_CORPUS, reversed(_CORPUS), strict=True)]
+    return [lines, *touching, "".join(touching)]
 
 
 def corpus_for(added_tokens: Sequence[Any], limit: int = 40) -> list[str]:

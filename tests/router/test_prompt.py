@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from router import conversation
 from router.errors import ConfigError, InvalidRequest, Unrenderable
-from router.prompt import PromptBuilder, can_carry_ids, splice_token_ids, tokenize_request
+from router.prompt import PromptBuilder, _Pending, can_carry_ids, splice_token_ids, tokenize_request
 from tests.router.prompt_samples import TEMPLATES, make_tokenizers, random_chat, random_text
 from tests.router.vllm_reference import Reference, Refused
 
@@ -288,23 +288,27 @@ def test_ids_the_client_sends_are_kept(builder: PromptBuilder) -> None:
     assert builder.completion({"prompt": [[5, 6], [7]]}) == [[5, 6], [7]]
 
 
-def test_long_prompts_are_built_in_a_thread(kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_encoded_in_a_thread(kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = PromptBuilder.load(kinds["unigram"])
     main, where = threading.main_thread(), list[bool]()
-    for name in ("chat", "completion"):
-        call = getattr(ours, name)
-        monkeypatch.setattr(
-            ours, name, lambda body, call=call: where.append(threading.current_thread() is main) or call(body)
-        )
-    long = "word " * 40_000
-    for text in ("short", long):
+    finish = _Pending.__call__
+    monkeypatch.setattr(
+        _Pending, "__call__", lambda self: where.append(threading.current_thread() is main) or finish(self)
+    )
+    for text in ("short", "word " * 40_000):
         chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]}
-        assert asyncio.run(ours.chat_async(chat)) == ours.chat(chat)
-        assert asyncio.run(ours.completion_async({"prompt": [text]})) == ours.completion({"prompt": [text]})
+        assert asyncio.run(ours.chat_async(chat)).tolist() == ours.chat(chat)
+        completions = asyncio.run(ours.completion_async({"prompt": [text]}))
+        assert [ids.tolist() for ids in completions] == ours.completion({"prompt": [text]})
     assert where == [True] * 4 + [False, True] * 2
-    asyncio.run(ours.chat_async({"messages": [USER]}, size=1_000_000))
-    asyncio.run(ours.completion_async({"prompt": "x"}, size=1_000_000))
-    assert where[-2:] == [False, False]
+    many = {"messages": [USER] * 1001}
+    assert asyncio.run(ours.chat_async(many)).tolist() == ours.chat(many)
+    assert where[8:] == [False, True]
+
+
+def test_an_id_beyond_every_vocabulary_is_refused(builder: PromptBuilder) -> None:
+    with pytest.raises(InvalidRequest, match="token id"):
+        builder.completion({"prompt": [1, 2**32]})
 
 
 JSON = st.recursive(

@@ -1,4 +1,3 @@
-import asyncio
 import json
 import os
 import random
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Engine
 
+from kv_protocol.hashing import token_bytes
 from router import tokenizer as tokenizer_module
 from router import tokenizer_files
 from router.errors import ConfigError, Unrenderable
@@ -71,9 +71,9 @@ def test_a_twin_that_differs_anywhere_is_not_used(kinds: dict[str, Path], monkey
 
         def enable_segment_cache(self, size: int) -> None: ...
 
-        def encode(self, text: str, *, add_special_tokens: bool) -> object:
-            changed = text.replace("\u2028", " ")
-            return self.engine.encode(changed, add_special_tokens=add_special_tokens)
+        def encode_batch_flat(self, texts: list[str], add_special_tokens: bool) -> tuple[bytes, bytes]:
+            changed = texts[0].replace("\u2028", " ")
+            return token_bytes(self.engine.encode(changed, add_special_tokens=add_special_tokens).ids), b""
 
     class Library:
         class Tokenizer:
@@ -97,19 +97,6 @@ def test_threads_share_it(kinds: dict[str, Path]) -> None:
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
-
-
-def test_long_texts_leave_the_event_loop(kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Tokenizer.load(kinds["unigram"])
-    where: list[str] = []
-    encode = ours.encode
-    monkeypatch.setattr(
-        ours, "encode", lambda *a, **k: where.append(threading.current_thread().name) or encode(*a, **k)
-    )
-    short, long = "hello", "hello world " * 20_000
-    assert asyncio.run(ours.encode_async(short)) == encode(short)
-    assert asyncio.run(ours.encode_async(long)) == encode(long)
-    assert where[0] == "MainThread" != where[1]
 
 
 def test_unpaired_surrogates_are_left_to_the_worker(kinds: dict[str, Path]) -> None:
