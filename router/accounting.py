@@ -16,7 +16,7 @@ from router.metrics import Metrics
 from router.workers import Worker
 
 # The engine's own dress around an external request id: its kind before it, prompt number and a random tail after it.
-_KIND = re.compile(r"^(?:chatcmpl|cmpl)-")
+_KIND = re.compile(r"^(?:chatcmpl|cmpl|generate-tokens)-")
 _TAILS = (re.compile(r"-[0-9a-f]{8}$"), re.compile(r"-\d+$"), re.compile(r"-\d+-[0-9a-f]{8}$"))
 
 
@@ -89,7 +89,8 @@ class Accounting:
         if entry is None or entry.worker is not worker or entry.prompts <= 0:
             return
         decision = entry.decision
-        self._compare_count(entry, message.prompt_tokens)
+        if entry.countable:
+            self.counted(worker, decision, message.prompt_tokens)
         entry.prompts -= 1
         totals = decision.actual_hit_tokens or {}
         hits = {tier: tokens for tier, tokens in message.hit_tokens.items() if tier in TIERS}
@@ -114,14 +115,14 @@ class Accounting:
         for decision, _ in zip(reversed(self._recent), range(limit), strict=False):
             yield decision
 
-    def _compare_count(self, entry: _Open, tokens: int) -> None:
-        decision = entry.decision
-        if not entry.countable or decision.tokenized_by != "router":
+    def counted(self, worker: Worker, decision: Decision, tokens: int) -> None:
+        """The worker says how many tokens a prompt had."""
+        if decision.tokenized_by != "router":
             return
         equal = tokens == decision.prompt_tokens
-        self._metrics.of_worker(entry.worker.name).counted(equal=equal)
+        self._metrics.of_worker(worker.name).counted(equal=equal)
         if not equal:
-            self._miscounted(entry.worker, decision, tokens)
+            self._miscounted(worker, decision, tokens)
 
     def _find(self, request_id: str) -> _Open | None:
         bare = _KIND.sub("", request_id)

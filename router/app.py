@@ -12,18 +12,26 @@ from router.accounting import Accounting, Decision
 from router.admission import Admission
 from router.breaker import Breaker
 from router.client import Client, Receive, Scope, Send
+from router.clients import client_type
 from router.config import Settings, WorkerSpec
 from router.control import Control
-from router.errors import ApiError, ClientGone, MethodNotAllowed
+from router.dialects import DIALECTS
+from router.endpoints import find
+from router.errors import ApiError, ClientGone
 from router.health import Monitor
 from router.index import Index
 from router.metrics import Metrics
+from router.observe import observed
 from router.pipeline import PATHS, Pipeline
 from router.policies import make_policy
 from router.pool_prompts import PoolPrompts
 from router.probe import works
 from router.reload import Sources
 from router.reports import Sweeper, Watcher
+from router.siblings import Siblings
+from router.stored import StoredResponses
+from router.surface import Surface
+from router.tracing import Tracer
 from router.turns import Turns
 from router.upstream import Timeouts, Upstream
 from router.workers import Registry, Worker
@@ -39,7 +47,9 @@ _log = logging.getLogger(__name__)
 class Gateway:
     """All parts of one router process. Make it, ``start`` it in a running event loop, ``close`` it there."""
 
-    def __init__(self, settings: Settings, sources: Sources | None = None) -> None:
+    def __init__(
+        self, settings: Settings, sources: Sources | None = None, siblings: Siblings | None = None
+    ) -> None:
         self.settings = settings
         self.registry = Registry()
         self.index = Index()
@@ -61,6 +71,7 @@ class Gateway:
             accounting=self.accounting,
             metrics=self.metrics,
             prompts=self.prompts,
+            surface=Surface(StoredResponses(self.registry), self.accounting),
             access=self.access,
             suspected=self._suspected,
         )
@@ -72,7 +83,14 @@ class Gateway:
         self._others: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._asked: set[str] = set()
-        self.control = Control(self, sources)
+        self.control = Control(self, sources, siblings)
+        endpoint = settings.otlp_traces_endpoint
+        self._tracer = Tracer(endpoint, settings.trace_ratio) if endpoint else None
+        self.observe()
+
+    def observe(self) -> None:
+        """Have requests logged and traced as the settings say."""
+        self.handle = observed(self.pipeline.handle, access_log=self.settings.access_log, tracer=self._tracer)
 
     async def start(self) -> None:
         """Start watching the workers; returns when each was checked once, or after ``FIRST_CHECK_S``."""
@@ -97,6 +115,8 @@ class Gateway:
         await asyncio.gather(*tasks, return_exceptions=True)
         for worker in self.registry.workers:
             worker.upstream.close()
+        if self._tracer is not None:
+            await self._tracer.close()
 
     def add_worker(self, spec: WorkerSpec) -> Worker:
         """Add a worker and start to watch it.
@@ -142,10 +162,6 @@ class Gateway:
     def timeouts(self) -> Timeouts:
         settings = self.settings
         return Timeouts(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout)
-
-    async def on_sibling(self, operation: str, arguments: Any) -> Any:
-        """What another process of this gateway asks of this one."""
-        raise NotImplementedError(operation)
 
     def _watcher(self, worker: Worker) -> Watcher:
         return Watcher(
@@ -209,6 +225,9 @@ class Gateway:
         now = asyncio.get_running_loop().time()
         pool = self.registry.pools.get(decision.model)
         prompts = self.prompts.get(pool.base) if pool is not None else None
+        if prompts is not None and decision.endpoint in DIALECTS:
+            prompts.dialects.distrust(decision.endpoint, worker.name, decision.prompt_tokens, tokens)
+            return
         if prompts is None or now < worker.recheck_after:
             return
         worker.recheck_after = now + RECHECK_S
@@ -261,12 +280,22 @@ class Application:
         if scope["type"] != "http":
             return
         kind = PATHS.get(scope["path"])
-        if kind is None:
-            await self._serve_rest(Client(scope, receive, send), receive, send)
-        elif scope["method"] == "POST":
-            await self.gateway.pipeline.handle(Client(scope, receive, send), kind)
+        if kind is not None and scope["method"] == "POST":
+            await self.gateway.handle(Client(scope, receive, send), kind)
         else:
-            await Client(scope, receive, send).fail(MethodNotAllowed(f"{scope['path']} takes POST"))
+            await self._serve_other(scope, receive, send)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            endpoint = find(scope["path"], scope["method"], pass_through=self.gateway.settings.pass_through)
+        except ApiError as error:
+            await Client(scope, receive, send).fail(error)
+            return
+        if endpoint is None:
+            await self._serve_rest(Client(scope, receive, send), receive, send)
+        else:
+            made = client_type(endpoint.kind, scope["path"])
+            await self.gateway.handle(made(scope, receive, send), endpoint.kind)
 
     async def _serve_rest(self, client: Client, receive: Receive, send: Send) -> None:
         """Every body is read whole, within the bounds of size and time, before anybody looks at it."""
@@ -282,7 +311,9 @@ class Application:
         async def replay() -> MutableMapping[str, Any]:
             return {"type": "http.request", "body": parts.pop()} if parts else await receive()
 
-        await self._rest(client.scope, replay, send)
+        # The server sends no body for HEAD, so that whatever answers GET answers it too.
+        get = {**client.scope, "method": "GET"} if client.scope["method"] == "HEAD" else client.scope
+        await self._rest(get, replay, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -296,10 +327,12 @@ class Application:
                 return
 
 
-def create_app(settings: Settings, sources: Sources | None = None) -> Application:
+def create_app(
+    settings: Settings, sources: Sources | None = None, siblings: Siblings | None = None
+) -> Application:
     """The application for these settings; its lifespan starts and stops the gateway. ``sources`` is where the settings
-    came from, to be read again."""
+    came from, to be read again; ``siblings`` the other processes that serve the same port."""
     from router.api import make_rest  # noqa: PLC0415 - the api modules take the gateway's type from here
 
-    gateway = Gateway(settings, sources)
+    gateway = Gateway(settings, sources, siblings)
     return Application(gateway, make_rest(gateway))

@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from router.errors import ApiError, ClientGone, RequestTimeout, TooLarge
+
+if TYPE_CHECKING:
+    from router.accounting import Decision
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,6 +30,8 @@ class Client:
         self._task: asyncio.Task[Any] | None = None
         self._listener: asyncio.Task[None] | None = None
         self.gone = False
+        self.status = 0
+        self.decision: Decision | None = None
         self.started = False
         self.finished = False
 
@@ -77,6 +82,7 @@ class Client:
 
     async def start(self, status: int, headers: Headers) -> None:
         self.started = True
+        self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:
@@ -87,9 +93,17 @@ class Client:
         await self._send({"type": "http.response.body", "body": data})
         self.finished = True
 
+    def error_body(self, error: ApiError) -> bytes:
+        """How errors look to this client."""
+        return error.body()
+
+    def error_event(self, error: ApiError) -> bytes:
+        """The last event of a stream that broke off."""
+        return b"data: " + self.error_body(error) + b"\n\n"
+
     async def fail(self, error: ApiError, request_id: str = "") -> None:
         """Answer with an error object."""
-        body = error.body()
+        body = self.error_body(error)
         headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
         if request_id:
             headers.append((b"x-request-id", request_id.encode("latin-1")))

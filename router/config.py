@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -22,9 +22,11 @@ CONFIG_VARIABLE = "WARMROUTE_ROUTER_CONFIG"
 DEFAULT_REPORT_PORT = 5571
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
-PolicyName = Literal["longest-hit", "least-loaded", "round-robin"]
+PolicyName = Literal["longest-hit", "least-ttft", "least-loaded", "power-of-two", "round-robin", "session", "random"]
 
 _log = logging.getLogger(__name__)
+MOST_RANKS = 1024
+_RANK = re.compile(r"0|[1-9][0-9]{0,3}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 # What an orchestrator adds for a service named after us, and variables that other parts of the product read.
 _FOREIGN_VARIABLES = re.compile(r"WARMROUTE_(SERVICE_.*|PORT_\d+_.*)")
@@ -33,7 +35,7 @@ _TYPO_RATIO = 0.85
 
 class WorkerSpec(BaseModel):
     """One worker: where its HTTP endpoint and its report port are. ``reports`` is HOST:PORT, or ``none``; ``key`` its own
-    API key."""
+    API key. ``URL#RANK`` is one data-parallel rank of an engine, whose report port is the engine's plus the rank."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,10 +55,13 @@ class WorkerSpec(BaseModel):
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.username is not None or parts.password is not None:
             raise ValueError("a worker's URL holds no user and password: http://HOST:PORT")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
             raise ValueError(f"a worker is http://HOST:PORT, got {url!r}")
+        if parts.fragment and not _RANK.fullmatch(parts.fragment):
+            raise ValueError(f"what follows # in a worker's URL is its data-parallel rank, got {url!r}")
         _ = parts.port  # raises ValueError when it is no port number
-        return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        rank = f"#{parts.fragment}" if parts.fragment else ""
+        return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}{rank}"
 
     @field_validator("name")
     @classmethod
@@ -80,16 +85,24 @@ class WorkerSpec(BaseModel):
         return parts.port or (443 if parts.scheme == "https" else 80)
 
     @property
+    def rank(self) -> int | None:
+        """The data-parallel rank requests ask the engine for; None where the engine is one worker."""
+        fragment = urlsplit(self.url).fragment
+        return int(fragment) if fragment else None
+
+    @property
     def title(self) -> str:
-        """The name given, or HOST:PORT."""
-        return self.name or f"{self.host}:{self.port}"
+        """The name given, or HOST:PORT; with the rank, where there is one."""
+        name = self.name or f"{self.host}:{self.port}"
+        return name if self.rank is None else f"{name}#{self.rank}"
 
     @property
     def report_address(self) -> tuple[str, int] | None:
         """Host and port of the report stream; None for an engine without the connector."""
         if self.reports == "none":
             return None
-        return parse_address(self.reports) if self.reports else (self.host, DEFAULT_REPORT_PORT)
+        host, port = parse_address(self.reports) if self.reports else (self.host, DEFAULT_REPORT_PORT)
+        return host, port + (self.rank or 0)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -98,14 +111,36 @@ class WorkerSpec(BaseModel):
         Raises:
             ValueError: a part is not understood.
         """
-        url, *options = text.strip().split(",")
-        members: dict[str, Any] = {"url": url}
-        for option in options:
-            key, equals, value = option.partition("=")
-            if not equals or key not in ("reports", "name", "key"):
-                raise ValueError(f"{key!r} of worker {url!r} is none of reports=HOST:PORT, name=NAME and key=KEY")
-            members[key] = value
-        return cls(**members)
+        specs = cls.all_of(text)
+        if len(specs) > 1:
+            raise ValueError(f"{text!r} names several workers; name the ranks one by one, as URL#0")
+        return specs[0]
+
+    @classmethod
+    def all_of(cls, given: str | Mapping[str, Any]) -> list[Self]:
+        """Like ``parse``, with ``,dp=N`` for the N data-parallel ranks of an engine, a worker each; or from members.
+
+        Raises:
+            ValueError: a part is not understood.
+        """
+        members = _members(given) if isinstance(given, str) else dict(given)
+        if (ranks := members.pop("dp", None)) is None:
+            return [cls(**members)]
+        url, count = members.get("url", ""), str(ranks)
+        if not count.isascii() or not count.isdigit() or not 0 < int(count) <= MOST_RANKS or "#" in url:
+            raise ValueError(f"dp={ranks} of worker {url!r}: the number of data-parallel ranks, from 1 to {MOST_RANKS}")
+        return [cls(**{**members, "url": f"{url}#{rank}"}) for rank in range(int(count))]
+
+
+def _members(text: str) -> dict[str, Any]:
+    url, *options = text.strip().split(",")
+    members: dict[str, Any] = {"url": url}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in ("reports", "name", "key", "dp"):
+            raise ValueError(f"{key!r} of worker {url!r} is none of reports=HOST:PORT, name=NAME, key=KEY and dp=N")
+        members[key] = value
+    return members
 
 
 class Settings(BaseSettings):
@@ -132,10 +167,23 @@ class Settings(BaseSettings):
     saturation_tokens: int | None = Field(
         default=None, gt=0, description="the same lead as uncached tokens; overrides saturation-seconds"
     )
+    compute_weight: float = Field(
+        default=3.0, ge=1, description="least-ttft: what a second of computing counts beside one of waiting"
+    )
+    session_header: str = Field(
+        default="x-session-id", pattern=r"^[A-Za-z0-9-]+$", description="session: the header that names the session"
+    )
+    shadow_policy: PolicyName | Literal["none"] = Field(
+        default="none", description="policy that is asked beside the active one, changes nothing and is compared"
+    )
+    policy_header: bool = Field(default=False, description="let a request name its policy in x-warmroute-policy")
     tokenizer: str = Field(
         default="", description="directory of the tokenizer; default: what the worker's model list names, if it is here"
     )
     chat_template: str = Field(default="", description="file with the chat template the workers were started with")
+    pass_through: bool = Field(
+        default=True, description="pass paths that are not known on to workers, except those that control a worker"
+    )
     forward_token_ids: bool = Field(default=True, description="send token ids along, so that workers need not tokenize")
     response_headers: bool = Field(default=True, description="add x-warmroute-* headers to responses")
     max_in_flight: int = Field(default=1024, ge=1, description="requests served at once; more wait in the queue")
@@ -208,7 +256,7 @@ class Settings(BaseSettings):
             )
         if not isinstance(items, list | tuple):
             raise ValueError("workers is a list of URL[,reports=HOST:PORT][,name=NAME]")  # noqa: TRY004 - pydantic's
-        return [WorkerSpec.parse(item) if isinstance(item, str) else item for item in items if item]
+        return [spec for item in items if item for spec in _specs_of(item)]
 
     @field_validator("discover", mode="before")
     @classmethod
@@ -281,6 +329,10 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)  # load() merges the sources itself, to name the one that is wrong
+
+
+def _specs_of(item: Any) -> Sequence[Any]:
+    return WorkerSpec.all_of(item) if isinstance(item, str | Mapping) else [item]
 
 
 def load(

@@ -121,14 +121,14 @@ async def _stream(
             data = await connection.read()
     except asyncio.CancelledError:
         if not client.gone:
-            await client.finish(_error_event("the gateway is stopping"))
+            await client.finish(client.error_event(_incomplete("the gateway is stopping")))
         raise
     except UpstreamError as error:
         delivery.broken = error
         if any(name == b"content-length" for name, _ in headers):
             client.hang_up()  # no room was promised for an error event
         else:
-            await client.finish(_error_event(error))
+            await client.finish(client.error_event(_incomplete(error)))
         return
     await client.finish(held)
 
@@ -143,8 +143,8 @@ def _whole_events(data: bytes) -> tuple[bytes, bytes]:
     return data[:end], data[end:]
 
 
-def _error_event(error: object) -> bytes:
-    return b"data: " + BadGateway(f"{error}; the response is not complete", code="worker_failed").body() + b"\n\n"
+def _incomplete(error: object) -> BadGateway:
+    return BadGateway(f"{error}; the response is not complete", code="worker_failed")
 
 
 def _merged(headers: Headers, extra: Headers) -> Headers:

@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable
 from itertools import count
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 
 from router.errors import InvalidRequest, TooLarge
+from router.multipart import form_field
 from router.splice import Kind
 
 _SCALARS = frozenset(
@@ -74,6 +76,7 @@ _HOP_BY_HOP = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
+        b"x-data-parallel-rank",
         b"x-request-id",
     }
 )
@@ -81,11 +84,21 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _OWN_IDS = count(1)
 _OWN_PREFIX = os.urandom(8).hex()
 
+
+def _fresh_prefix() -> None:
+    global _OWN_PREFIX  # noqa: PLW0603 - two processes must never give the same id
+    _OWN_PREFIX = os.urandom(8).hex()
+
+
+os.register_at_fork(after_in_child=_fresh_prefix)
+
 _decoder = msgspec.json.Decoder()
 
 
 class Request(msgspec.Struct, eq=False):
-    """One request. ``raw`` is the body as it came, ``body`` what it says; ``headers`` are those that travel on."""
+    """One request. ``raw`` is the body as it came, ``body`` what it says where it is a JSON object; ``headers`` are those
+    that travel on. ``only`` names the one worker that can serve it, where there is one; ``repeatable`` is whether another
+    worker may get it after one failed it half-way."""
 
     kind: Kind
     raw: bytes
@@ -94,6 +107,9 @@ class Request(msgspec.Struct, eq=False):
     cache_salt: str
     request_id: str
     headers: list[tuple[bytes, bytes]]
+    method: bytes = b"POST"
+    only: str = ""
+    repeatable: bool = True
 
 
 def parse_request(kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], request_id: str) -> Request:
@@ -110,9 +126,33 @@ def parse_request(kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], re
         raise InvalidRequest("cache_salt must be a non-empty string", param="cache_salt")
     if kind == "chat":
         _check_messages(body)
-    else:
+    elif kind == "completions":
         _check_prompt(body)
     return Request(kind, raw, body, model or "", salt or "", request_id, headers)
+
+
+def parse_other(
+    kind: Kind, scope: Any, raw: bytes, headers: list[tuple[bytes, bytes]], request_id: str, *, repeatable: bool
+) -> Request:
+    """A request that is no prompt, of which only the model matters: from its JSON body, its form or its query string.
+
+    Raises:
+        InvalidRequest: it says that it is JSON or a form, and is not.
+    """
+    content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    body: dict[str, Any] = {}
+    if raw and content_type[:19].lower() == b"multipart/form-data":
+        model: Any = form_field(raw, content_type, "model")
+    elif raw and (b"json" in content_type[:64].lower() or not content_type):
+        body = _decode(raw)
+        model = body.get("model")
+    else:
+        query = scope.get("query_string") or b""
+        model = parse_qs(query.decode("latin-1"), max_num_fields=100).get("model", [""])[0] if query else ""
+    if model is not None and not isinstance(model, str):
+        raise _wrong("model", "a string", model)
+    method = b"GET" if scope["method"] == "HEAD" else scope["method"].encode("ascii")
+    return Request(kind, raw, body, model or "", "", request_id, headers, method, repeatable=repeatable)
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -38,10 +38,10 @@ from router.pool_prompts import PoolPrompts, Tokenized
 from router.queue import NOBODY
 from router.retries import RetryBudget, backoff
 from router.splice import Kind, can_carry_ids, ids_of, splice
+from router.surface import HOT, NO_PROMPT, UNSCORED, Surface, target_of
 from router.workers import Flight, Pool, Registry, Worker, least_bad
 
 PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
-_TARGETS: Mapping[Kind, bytes] = {kind: path.encode() for path, kind in PATHS.items()}
 _RETRY_AFTER_S = 1.0
 SAMPLE_EVERY = 64
 """Of this many requests to a worker that could carry token ids, one travels as text: the length the worker then reports
@@ -96,6 +96,7 @@ class Pipeline:
         accounting: Accounting,
         metrics: Metrics,
         prompts: dict[str, PoolPrompts],
+        surface: Surface,
         access: Access | None = None,
         suspected: Callable[[Worker], None] = lambda _: None,
     ) -> None:
@@ -111,6 +112,7 @@ class Pipeline:
         self._accounting = accounting
         self._metrics = metrics
         self._prompts = prompts
+        self._surface = surface
 
     def reconfigure(self, settings: Settings, policy: Policy) -> None:
         """Work by other settings from the next request on."""
@@ -160,6 +162,8 @@ class Pipeline:
             ApiError: the model is unknown, the prompt is too long or malformed.
         """
         pool = self._pool(request)
+        if request.kind in UNSCORED:
+            return Plan(request, pool, NO_PROMPT, 0)
         prompts = self._prompts.get(pool.base) or PoolPrompts(pool.base)
         tokenized = await prompts.tokenize(request.kind, request.body, self._worth_asking(pool))
         self._metrics.tokenized.labels(pool.model, tokenized.by).inc(len(tokenized.prompts) or 1)
@@ -212,7 +216,10 @@ class Pipeline:
         try:
             hold(min(client.declared_length, settings.max_body_bytes))
             raw = await client.read_body(settings.max_body_bytes, settings.body_timeout, hold)
-            request = parse_request(kind, raw, headers, request_id)
+            if kind in HOT:
+                request = parse_request(kind, raw, headers, request_id)
+            else:
+                request = await self._surface.read(client, kind, raw, headers, request_id, tenant=_tenant_of(visit))
             if visit is not None:
                 visit.tenant.bind(request)
             await self._serve(client, request, started, visit)
@@ -233,6 +240,7 @@ class Pipeline:
             tokenized_by=plan.tokenized.by,
             prompt_tokens=plan.prompt_tokens,
         )
+        client.decision = decision
         self.retries.requests += 1
         journey = Journey(client, plan, decision, started, visit)
         while (routed := self._next(journey)) is not None:
@@ -257,6 +265,8 @@ class Pipeline:
         now = asyncio.get_running_loop().time()
         if isinstance(error, ConnectFailed):
             return True
+        if not journey.plan.request.repeatable:
+            return False
         out = not worker.available(now)
         if out and any(other.available(now) for other in journey.plan.pool.workers):
             return True
@@ -277,6 +287,8 @@ class Pipeline:
         try:
             delivery = await self._forward(journey, worker, flight)
             outcome = self._delivered(worker, journey.plan.pool, decision, delivery, generation)
+            if journey.plan.request.kind == "responses":
+                self._surface.delivered(journey.client, worker, decision)
         except UpstreamError as error:
             outcome = "failed"
             self._failed(worker, error, generation)
@@ -302,10 +314,13 @@ class Pipeline:
             others = {**journey.failures, worker.name: None}
             return (
                 len(journey.failures) < self._settings.retries
+                and plan.request.repeatable
                 and self.retries.allows(asyncio.get_running_loop().time())
                 and bool(_fitting(plan, self._available(plan.pool, others)))
             )
 
+        if plan.request.kind == "responses":
+            self._surface.watch(journey.client, worker, _tenant_of(journey.visit))
         head, body = self._upstream_request(journey.client, plan, worker)
         return await forward(
             journey.client,
@@ -366,10 +381,10 @@ class Pipeline:
     def _upstream_request(self, client: Client, plan: Plan, worker: Worker) -> tuple[bytes, bytes]:
         request = plan.request
         body = self._body_for(plan, worker)
-        query = client.scope.get("query_string")
-        target = _TARGETS[request.kind] + (b"?" + query if query else b"")
         headers = [*request.headers, (b"x-request-id", request.request_id.encode("ascii"))]
-        return worker.upstream.request_head(b"POST", target, headers, len(body)), body
+        if worker.rank_header:
+            headers.append(worker.rank_header)
+        return worker.upstream.request_head(request.method, target_of(client), headers, len(body)), body
 
     def _body_for(self, plan: Plan, worker: Worker) -> bytes:
         """The body with token ids where the worker was seen to take them, else as it came."""
@@ -378,13 +393,14 @@ class Pipeline:
             return request.raw
         if not can_carry_ids(request.body, request.kind):
             return request.raw
-        takes = worker.takes_token_ids if request.kind == "chat" else _is_text(request.body.get("prompt"))
+        completion = request.kind == "completions"
+        takes = _is_text(request.body.get("prompt")) if completion else worker.takes_token_ids
         if not takes:
             return request.raw
         worker.sent_ids += 1
         if not worker.sent_ids % SAMPLE_EVERY:
             return request.raw
-        several = request.kind != "chat" and isinstance(request.body["prompt"], list)
+        several = completion and isinstance(request.body["prompt"], list)
         encoded = ids_of(tokenized.prompts, several=several)
         return splice(request.raw, encoded, request.kind, given="kv_transfer_params" in request.body)
 
@@ -420,6 +436,9 @@ class Pipeline:
     def _takers(self, plan: Plan, exclude: Mapping[str, object]) -> list[Worker]:
         """The available workers whose context the prompt fits, as far as both are known; where every breaker is open,
         the least bad ones."""
+        if only := plan.request.only:
+            # Whether it drains or fails, nobody else has what is asked for.
+            return [worker for worker in plan.pool.workers if worker.name == only not in exclude and worker.up]
         available = self._available(plan.pool, exclude) or least_bad(plan.pool.workers, exclude)
         return _fitting(plan, available)
 
@@ -497,6 +516,10 @@ def _why_not(worker: Worker) -> str:
 def _context(worker: Worker, pool: Pool) -> int:
     """Longest context in tokens; 0 where unknown. An adapter's is its base model's unless it names its own."""
     return worker.max_model_len(pool.model) or worker.max_model_len(pool.base)
+
+
+def _tenant_of(visit: Visit | None) -> str:
+    return visit.tenant.name if visit is not None else ""
 
 
 def _is_text(prompt: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from router.dialects import DIALECTS, Dialects
 from router.errors import UNDECODABLE, ConfigError, InvalidRequest, Unrenderable, UpstreamError
 from router.parity import check_parity
 from router.prompt import PromptBuilder, tokenize_request
@@ -22,6 +23,7 @@ from router.workers import Worker
 TOKENIZE_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 60.0
 """The first request an engine ever gets may compile kernels."""
+_TOKENIZED_BY_WORKERS: frozenset[Kind] = frozenset({"chat", "completions"})
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class PoolPrompts:
     def __init__(self, model: str) -> None:
         self.model = model
         self.builder: PromptBuilder | None = None
+        self.dialects = Dialects(model)
         self._fault = "the tokenizer is not loaded yet"
         self._disagreeing: dict[str, str] = {}
         self._logged: set[str] = set()
@@ -82,11 +85,21 @@ class PoolPrompts:
             try:
                 if kind == "chat":
                     return Tokenized([await self.builder.chat_async(body)], "router")
-                return Tokenized(await self.builder.completion_async(body), "router")
+                if kind == "completions":
+                    return Tokenized(await self.builder.completion_async(body), "router")
+                if kind in DIALECTS:
+                    return Tokenized([await self._translated(kind, body, self.builder)], "router")
             except Unrenderable as error:
                 why = error.reason
         self._log_once(why)
         return await self._by_worker(kind, body, workers, why)
+
+    async def _translated(self, kind: Kind, body: dict[str, Any], builder: PromptBuilder) -> PromptIds:
+        """The worker judges what is wrong with such a body, in the words of the endpoint it came to."""
+        try:
+            return await builder.chat_async(self.dialects.chat_body(kind, body, builder))
+        except InvalidRequest as error:
+            raise Unrenderable(error.message) from error
 
     async def check(self, worker: Worker) -> None:
         """Compare with the worker's own /tokenize; sets ``worker.parity``."""
@@ -105,6 +118,7 @@ class PoolPrompts:
             return
         worker.parity = "exact" if parity.ok else "mismatch"
         self.forget(worker)
+        await self.dialects.check(worker, self.builder)
         if not parity.ok:
             why = self._disagreeing[worker.name] = f"worker {worker.name} tokenizes otherwise: {parity.mismatch}"
             self._log_once(why)
@@ -112,6 +126,7 @@ class PoolPrompts:
     def forget(self, worker: Worker) -> None:
         """A worker that disagreed is gone, or agrees now."""
         self._disagreeing.pop(worker.name, None)
+        self.dialects.forget(worker.name)
 
     async def probe_token_ids(self, worker: Worker) -> bool:
         """Whether the worker takes a chat's token ids instead of its text: a request of one token tells, by the number
@@ -135,7 +150,7 @@ class PoolPrompts:
             given = _given_ids(kind, body)
             if given is not None:
                 return Tokenized(_checked(given), "router")
-            if not workers or _has_media(body):
+            if not workers or kind not in _TOKENIZED_BY_WORKERS or _has_media(body):
                 return Tokenized((), "nobody", why)
             worker = min(workers, key=lambda w: w.weight)
             ids = await tokenize_at(worker, tokenize_request(body, kind))
@@ -184,6 +199,10 @@ class _Tokens(msgspec.Struct):
 
 def _given_ids(kind: Kind, body: dict[str, Any]) -> list[list[int]] | None:
     """Prompts that are ids already, which need no tokenizer."""
+    if kind == "generate":
+        ids = body.get("token_ids")
+        media = body.get("features") or body.get("content_parts")
+        return [ids] if isinstance(ids, list) and ids and not media else None
     prompt = body.get("prompt") if kind == "completions" else None
     if not isinstance(prompt, list) or not prompt or body.get("truncate_prompt_tokens") is not None:
         return None

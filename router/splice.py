@@ -71,9 +71,9 @@ def ids_of(prompts: Sequence[PromptIds], *, several: bool) -> list[bytes]:
 def can_carry_ids(body: dict[str, Any], kind: Kind) -> bool:
     """Whether the response stays the same when the worker gets ids instead of text.
 
-    Not with ``echo`` or ``return_prompt_text``, which give the text back, and not where the prompt is more than text.
+    Not with ``echo`` or its like, which give the text back, and not where the prompt is more than text or ids already.
     """
-    if body.get("echo"):
+    if body.get("echo") or kind == "generate" or body.get("enable_response_messages"):
         return False
     if kind == "completions":
         return body.get("suffix") is None and body.get("prompt_embeds") is None

@@ -10,14 +10,16 @@ from kv_protocol.messages import Heartbeat, Hello
 from router.breaker import Breaker
 from router.config import WorkerSpec
 from router.errors import Conflict
+from router.pace import Pace
 from router.upstream import Upstream
 
-REPORTED_AFTER_S = 0.25
-"""A request sent this long before a heartbeat is part of the load the heartbeat names."""
+IN_TRANSIT_S = 0.05
+"""A request sent less than this before a heartbeat may not be part of the load the heartbeat names."""
 DECODE_TOKENS = 64
 """What a running request weighs in the load beside its uncached tokens, so that decoding fills a worker up too."""
 TRUST_FLOOR = 0.5
 _TRUST_STEP = 0.2
+_AVERAGE_STEP = 0.2
 
 Parity = Literal["unchecked", "exact", "mismatch", "unavailable"]
 
@@ -34,64 +36,62 @@ class ModelCard(msgspec.Struct, frozen=True):
 
 
 class Flight(msgspec.Struct, eq=False):
-    """A request on its way: the prompt tokens the worker has to compute, until it has computed them."""
+    """A request on its way: the prompt tokens the worker has to compute, until it has computed them. ``due`` is what it
+    had to compute up to the first token, this prompt included, where that is to be learned from."""
 
     sent_at: float
     uncached: int
-    reported: bool = False
+    due: int = 0
 
 
 class Load:
     """Uncached tokens a worker still has to compute.
 
     The router counts what it sends, from the moment it sends it. A worker with the connector also says how many tokens
-    wait, counting every router's requests; from each heartbeat on its figure stands for the requests it had by then,
-    and only those sent since are counted here.
+    wait, whoever sent them. That figure is shared out among the requests sent from here, the latest first, for a worker
+    computes in order of arrival: the oldest may be computed in part or, where an answer comes only as a whole,
+    altogether. What is left of the figure is other routers'.
     """
 
     def __init__(self) -> None:
         self.in_flight = 0
         self._own = 0
-        self._reported = 0
-        self._flights: set[Flight] = set()
+        self._others = 0
+        self._flights: dict[Flight, None] = {}
 
     @property
     def uncached_tokens(self) -> int:
-        return self._own + self._reported
+        return self._own + self._others
 
     def sent(self, flight: Flight) -> None:
         self.in_flight += 1
         self._own += flight.uncached
-        self._flights.add(flight)
+        self._flights[flight] = None
 
     def computed(self, flight: Flight) -> None:
         """The first byte came: the prompt is computed. Calling it again changes nothing."""
-        if flight.reported:
-            self._reported = max(0, self._reported - flight.uncached)
-        else:
-            self._own -= flight.uncached
+        self._own -= flight.uncached
         flight.uncached = 0
 
     def finished(self, flight: Flight) -> None:
         self.computed(flight)
         self.in_flight -= 1
-        self._flights.discard(flight)
+        self._flights.pop(flight, None)
 
     def heartbeat(self, uncached_tokens: int, now: float) -> None:
         """Take the worker's own figure. O(requests in flight)."""
-        for flight in self._flights:
-            if not flight.reported and now - flight.sent_at > REPORTED_AFTER_S:
-                self._own -= flight.uncached
-                flight.reported = True
-        self._reported = uncached_tokens
+        left = uncached_tokens
+        for flight in reversed(self._flights):
+            if flight.uncached and now - flight.sent_at >= IN_TRANSIT_S:
+                remaining = min(flight.uncached, left)
+                left -= remaining
+                self._own -= flight.uncached - remaining
+                flight.uncached = remaining
+        self._others = left
 
     def unreported(self) -> None:
-        """The worker's figure is gone: count every request here again."""
-        for flight in self._flights:
-            if flight.reported:
-                self._own += flight.uncached
-                flight.reported = False
-        self._reported = 0
+        """The worker's figure is gone: what is left is counted here alone."""
+        self._others = 0
 
 
 class Worker:
@@ -100,10 +100,13 @@ class Worker:
     def __init__(self, spec: WorkerSpec, upstream: Upstream, breaker: Breaker) -> None:
         self.name = spec.title
         self.header_name = self.name.encode("ascii", "replace")
+        self.rank_header = (b"x-data-parallel-rank", b"%d" % spec.rank) if spec.rank is not None else None
         self.spec = spec
         self.upstream = upstream
         self.breaker = breaker
         self.load = Load()
+        self.pace = Pace()
+        self.average_load = 0.0
         self.up = False
         self.down_reason = "not checked yet"
         self.draining = False
@@ -171,9 +174,21 @@ class Worker:
         self.down_reason = reason
         self.upstream.close_idle()
 
+    def beat(self, heartbeat: Heartbeat, now: float) -> None:
+        """Take a heartbeat. The average of its load goes over the last few."""
+        self.heartbeat = heartbeat
+        self.heartbeat_at = now
+        self.load.heartbeat(heartbeat.uncached_tokens, now)
+        self.average_load += _AVERAGE_STEP * (self.weight - self.average_load)
+
+    def answered(self, flight: Flight, now: float) -> None:
+        """The first token came of a prompt of which nothing was loaded: learn from how long it took."""
+        self.pace.observe(flight.due, now - flight.sent_at)
+
     def forget_reports(self) -> None:
         """The report stream is gone, and with it what was known from it."""
         self.hello = self.heartbeat = None
+        self.average_load = 0.0
         self.synced = False
         self.load.unreported()
 
