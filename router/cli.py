@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import logging
-import signal
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from router.config import DEFAULT_REPORT_PORT, LOOPBACK, Settings, load, parse_address
+from router.config import DEFAULT_REPORT_PORT, LOOPBACK, Settings, parse_address
 from router.errors import ConfigError
 
 app = typer.Typer(
@@ -27,26 +26,26 @@ _HIDDEN_DEFAULTS = frozenset({"admin_token", "api_keys", "report_token", "worker
 
 def serve(config: str | None, **flags: Any) -> None:
     """Run the gateway."""
+    from router import serve as serving  # noqa: PLC0415 - keeps the other commands quick
+    from router.reload import Sources  # noqa: PLC0415
+
     given = {name: value for name, value in flags.items() if value not in (None, [])}
+    sources = Sources(given, file=config)
     try:
-        settings = load(given, file=config)
+        settings = sources.load()
+        serving.check(settings)
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        _warn_if_open(settings)
+        _warn_if_alone(settings)
+        _raise_file_limit(settings)
+        status = serving.serve(settings, sources)
     except ConfigError as error:
         _quit(str(error))
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    if not settings.workers:
-        _quit("no workers: name at least one with --worker http://HOST:PORT")
-    _warn_if_open(settings)
-    _drain_on_hangup()
-    _raise_file_limit(settings)
-    from router.app import create_app  # noqa: PLC0415 - keeps the other commands quick
-    from router.server import make_server  # noqa: PLC0415
-
-    try:
-        make_server(create_app(settings), settings).run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -101,11 +100,12 @@ def _quit(message: str) -> Any:
     raise typer.Exit(2)
 
 
-def _drain_on_hangup() -> None:
-    """A terminal that goes away stops the gateway as SIGTERM does, without losing requests; under nohup it does not."""
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
-        signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
+def _warn_if_alone(settings: Settings) -> None:
+    if not settings.workers and not settings.discover:
+        logging.getLogger(__name__).warning(
+            "no workers are named (--worker http://HOST:PORT, --discover dns://NAME:PORT): "
+            "waiting for them to be added or to register at /admin/workers"
+        )
 
 
 def _raise_file_limit(settings: Settings) -> None:

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from router.admin_state import AdminState, Change, Memory, Store
+import msgspec
+
+from router.admin_state import AdminState, Change, Memory, SharedFile, Store
 from router.config import Settings, WorkerSpec
 from router.discovery.dns import NameWatch
 from router.discovery.membership import ADMIN, SETTINGS, Membership
@@ -16,6 +19,7 @@ from router.errors import ApiError, ConfigError, Conflict, InvalidRequest
 from router.policies import make_policy
 from router.reload import RELOADABLE, Reloader, Sources, changed
 from router.siblings import Siblings
+from router.totals import CountFiles, Snapshot, render
 from router.workers import Worker
 
 if TYPE_CHECKING:
@@ -24,7 +28,19 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 """How often leases are looked at, and what other processes changed."""
 MAX_TTL_S = 86_400.0
-_POLICY_SETTINGS = frozenset({"policy", "saturation_seconds", "saturation_tokens", "seed"})
+_KEEP_EVERY = 10
+_POLICY_SETTINGS = frozenset(
+    {
+        "compute_weight",
+        "policy",
+        "policy_header",
+        "saturation_seconds",
+        "saturation_tokens",
+        "seed",
+        "session_header",
+        "shadow_policy",
+    }
+)
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +52,12 @@ class Control:
         self,
         gateway: "Gateway",
         sources: Sources | None = None,
-        store: Store | None = None,
         siblings: Siblings | None = None,
     ) -> None:
         self._gateway = gateway
-        self._store = store or Memory()
         self.siblings = siblings or Siblings()
+        directory = self.siblings.directory
+        self._store: Store = Memory() if directory is None else SharedFile(directory)
         self.membership = Membership(
             gateway.registry,
             add=gateway.add_worker,
@@ -71,6 +87,8 @@ class Control:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.siblings.files is not None:
+            self._snapshot(self.siblings.files)
         await self.siblings.close()
 
     def ask_reload(self) -> None:
@@ -167,6 +185,48 @@ class Control:
         """What every DNS name was last seen to name."""
         return [watch.describe() for watch, _ in self._names.values()]
 
+    # What all processes say together.
+
+    async def metrics(self) -> bytes:
+        """The text exposition format, of all processes of this gateway."""
+        files = self.siblings.files
+        if files is None:
+            return self._gateway.metrics.render()
+        own = self._snapshot(files)
+        answers = await self.siblings.ask("metrics")
+        snapshots = [own, *(msgspec.convert(answer, Snapshot) for answer in answers.values())]
+        living = {snapshot.pid: snapshot for snapshot in snapshots}
+        others = files.others(living)
+        return await asyncio.to_thread(render, list(living.values()), others)
+
+    async def in_flight(self) -> dict[str, int]:
+        """Requests sent and not finished by worker, of all processes."""
+        total = self._in_flight()
+        for answer in (await self.siblings.ask("in_flight")).values():
+            for name, count in answer.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    async def requests(self, limit: int, request_id: str | None = None) -> list[dict[str, Any]]:
+        """The latest decisions of all processes, latest first, or those of one request id."""
+        found = self._requests(limit, request_id)
+        for answer in (await self.siblings.ask("requests", [limit, request_id])).values():
+            found += answer
+        return sorted(found, key=lambda item: -float(item["at"]))[:limit]
+
+    def _snapshot(self, files: CountFiles) -> Snapshot:
+        snapshot = Snapshot(os.getpid(), self.siblings.number, self._gateway.metrics.families())
+        files.keep(snapshot)
+        return snapshot
+
+    def _in_flight(self) -> dict[str, int]:
+        return {worker.name: worker.load.in_flight for worker in self._gateway.registry.workers}
+
+    def _requests(self, limit: int, request_id: str | None) -> list[dict[str, Any]]:
+        kept = self._gateway.settings.recent_requests
+        recent = self._gateway.accounting.recent(kept if request_id else limit)
+        return [msgspec.to_builtins(item) for item in recent if request_id in (None, item.request_id)]
+
     # How changes come to be.
 
     async def _change(self, change: Change, *, at_once: str = "", tell: bool = True) -> None:
@@ -198,10 +258,14 @@ class Control:
         return entry is not None and entry.worker() == spec
 
     async def _tick(self) -> None:
+        ticks = 0
         while True:
             await asyncio.sleep(TICK_S)
+            ticks += 1
             try:
                 await self._look_around()
+                if self.siblings.files is not None and not ticks % _KEEP_EVERY:
+                    self._snapshot(self.siblings.files)  # a process that is killed loses little of what it counted
             except (ApiError, OSError, ValueError) as error:
                 _log.warning("the admin state could not be brought up to date: %s", error)
 
@@ -273,10 +337,18 @@ class Control:
 
     async def _on_call(self, operation: str, arguments: Any) -> Any:
         """What another process of this gateway asks."""
-        if operation == "sync":
-            self._settle(await self._store.read())
-            return True
-        return await self._gateway.on_sibling(operation, arguments)
+        match operation:
+            case "sync":
+                self._settle(await self._store.read())
+                return True
+            case "metrics" if self.siblings.files is not None:
+                return self._snapshot(self.siblings.files)
+            case "in_flight":
+                return self._in_flight()
+            case "requests":
+                return self._requests(*arguments)
+            case _:
+                return None
 
 
 def _tidied(state: AdminState, now: float, idle: set[str]) -> AdminState:
@@ -289,8 +361,11 @@ def apply_settings(gateway: "Gateway", settings: Settings) -> None:
     policy = gateway.policy
     if _POLICY_SETTINGS & set(changed(gateway.settings, settings)):
         policy = make_policy(settings)  # a fresh one has forgotten whose turn it was
+    if settings.log_level != gateway.settings.log_level:
+        logging.getLogger().setLevel(settings.log_level.upper())
     gateway.settings = settings
     gateway.policy = policy
+    gateway.observe()
     gateway.pipeline.reconfigure(settings, policy)
     gateway.admission.resize(
         settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes
@@ -300,4 +375,3 @@ def apply_settings(gateway: "Gateway", settings: Settings) -> None:
         worker.breaker.configure(settings.breaker_failures, settings.breaker_seconds)
     for monitor in gateway.monitors:
         monitor.configure(settings.health_interval, settings.health_timeout, settings.models_interval)
-    logging.getLogger().setLevel(settings.log_level.upper())

@@ -8,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from router.admission import Admission
 from router.index import Index
+from router.totals import Family, families_of
 from router.workers import Registry, Worker
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -40,6 +41,10 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format. O(series)."""
         return generate_latest(self._registry)
+
+    def families(self) -> list[Family]:
+        """The same as data, to be merged with other processes'. O(series)."""
+        return families_of(self._registry)
 
     def of_worker(self, worker: str) -> "WorkerSeries":
         """The series of one worker that every request touches, looked up once."""

@@ -20,6 +20,7 @@ RELOADABLE = frozenset(
         "access_log",
         "breaker_failures",
         "breaker_seconds",
+        "compute_weight",
         "connect_timeout",
         "discover",
         "discovery_interval",
@@ -38,11 +39,14 @@ RELOADABLE = frozenset(
         "max_queue",
         "models_interval",
         "policy",
+        "policy_header",
         "queue_timeout",
         "response_headers",
         "retries",
         "saturation_seconds",
         "saturation_tokens",
+        "session_header",
+        "shadow_policy",
         "workers",
     }
 )

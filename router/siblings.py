@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from router.totals import CountFiles
+
 CALL_TIMEOUT_S = 2.0
 MAX_FRAME_BYTES = 256 << 20
 
@@ -29,8 +31,14 @@ class Siblings:
         self.directory = directory
         self.number = number
         self.count = count
+        self.files = CountFiles(directory) if directory is not None else None
         self._server: asyncio.Server | None = None
         self._handler: Handler | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.directory is not None
 
     async def start(self, handler: Handler) -> None:
         """Take calls from now on."""

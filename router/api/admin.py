@@ -63,8 +63,14 @@ def make_admin(gateway: "Gateway") -> APIRouter:
 def _add_workers(router: APIRouter, gateway: "Gateway") -> None:
     @router.get("/workers")
     async def workers() -> Any:
-        shown = [describe(worker) | _membership(gateway, worker) for worker in gateway.registry.workers]
-        return {"workers": shown, "names": gateway.control.describe_names()}
+        in_flight = await gateway.control.in_flight()
+        shown = [
+            describe(worker) | _membership(gateway, worker) | {"in_flight": in_flight.get(worker.name, 0)}
+            for worker in gateway.registry.workers
+        ]
+        siblings = gateway.control.siblings
+        process = {"number": siblings.number, "count": siblings.count}
+        return {"workers": shown, "names": gateway.control.describe_names(), "process": process}
 
     @router.post("/workers", status_code=201)
     async def add(request: AddRequest, response: Response) -> Any:
@@ -119,9 +125,7 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
         id: str | None = None,  # noqa: A002 - the name in the URL
         limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     ) -> Any:
-        kept = gateway.settings.recent_requests
-        recent = gateway.accounting.recent(kept if id else limit)
-        return {"requests": [msgspec.to_builtins(item) for item in recent if id is None or item.request_id == id]}
+        return {"requests": await gateway.control.requests(limit, id)}
 
 
 def describe(worker: Worker) -> dict[str, Any]:

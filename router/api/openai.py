@@ -53,7 +53,7 @@ def make_public(gateway: "Gateway") -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await gateway.control.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 

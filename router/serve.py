@@ -1,0 +1,96 @@
+"""``warmroute serve``: one process, or several under a supervisor."""
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from router import logs
+from router.app import Application, create_app
+from router.config import Settings
+from router.discovery.dns import check_srv
+from router.processes import Supervisor
+from router.reload import Sources
+from router.server import make_server
+from router.siblings import Siblings
+from router.tracing import check_installed
+
+_log = logging.getLogger(__name__)
+
+
+def check(settings: Settings) -> None:
+    """Raises:
+    ConfigError: a setting asks for what is not installed.
+    """
+    check_srv(settings.discover)
+    check_installed(settings.otlp_traces_endpoint)
+
+
+def serve(settings: Settings, sources: Sources) -> int:
+    """Serve until told to stop; the exit status.
+
+    Raises:
+        ConfigError: the port cannot be listened on.
+    """
+    if settings.processes == 1:
+        return _serve_alone(settings, sources)
+
+    def run(number: int, sockets: list[socket.socket], directory: Path) -> None:
+        logs.set_up(settings.log_level, settings.log_format, number)
+        siblings = Siblings(directory, number, settings.processes)
+        app = create_app(settings, sources, siblings)
+        _on_hangup(app, sources)
+        with suppress(KeyboardInterrupt):
+            make_server(app, settings).run(sockets)
+
+    return Supervisor(
+        run,
+        count=settings.processes,
+        host=settings.host,
+        port=settings.port,
+        drain_timeout=settings.drain_timeout,
+        pass_hangup=bool(sources.file),
+    ).supervise()
+
+
+def _serve_alone(settings: Settings, sources: Sources) -> int:
+    logs.set_up(settings.log_level, settings.log_format)
+    app = create_app(settings, sources)
+    _on_hangup(app, sources)
+    try:
+        make_server(app, settings).run()
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _on_hangup(app: Application, sources: Sources) -> None:
+    """SIGHUP has the configuration file read again. Without a file, and when the terminal has gone away, it stops the
+    gateway as SIGTERM does, without losing requests; under nohup it does that only if there is a file to read."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or (signal.getsignal(hangup) is not signal.SIG_DFL and not sources.file):
+        return
+    had_terminal = _has_terminal()
+
+    def stop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    def reload_or_stop() -> None:
+        if had_terminal and not _has_terminal():
+            stop()
+        else:
+            app.gateway.control.ask_reload()
+
+    act: Callable[[], None] = reload_or_stop if sources.file else stop
+    signal.signal(hangup, lambda *_: act())
+
+
+def _has_terminal() -> bool:
+    try:
+        with Path("/dev/tty").open("rb"):
+            return sys.platform != "win32"
+    except OSError:
+        return False
