@@ -33,8 +33,6 @@ from router.stored import StoredResponses
 from router.surface import Surface
 from router.tracing import Tracer
 from router.turns import Turns
-from router.siblings import Siblings
-from router.tracing import Tracer
 from router.upstream import Timeouts, Upstream
 from router.workers import Registry, Worker
 
