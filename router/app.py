@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import ssl
 from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
@@ -31,6 +32,7 @@ from router.reports import Sweeper, Watcher
 from router.siblings import Siblings
 from router.stored import StoredResponses
 from router.surface import Surface
+from router.tls import client_context
 from router.tracing import Tracer
 from router.turns import Turns
 from router.upstream import Timeouts, Upstream
@@ -126,7 +128,7 @@ class Gateway:
         """
         settings = self.settings
         breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
-        worker = Worker(spec, Upstream(spec.title, spec.url, self.timeouts()), breaker)
+        worker = Worker(spec, self._upstream(spec), breaker)
         self.registry.add(worker)
         monitor = self._monitors[worker.name] = Monitor(
             worker,
@@ -158,6 +160,21 @@ class Gateway:
     def monitors(self) -> tuple[Monitor, ...]:
         """One for each worker."""
         return tuple(self._monitors.values())
+
+    def _upstream(self, spec: WorkerSpec) -> Upstream:
+        key = spec.key.get_secret_value() or self.settings.worker_api_key.get_secret_value()
+        tls = self._worker_tls() if spec.url.startswith("https:") else None
+        return Upstream(spec.title, spec.url, self.timeouts(), key=key, tls=tls)
+
+    def _worker_tls(self) -> ssl.SSLContext:
+        """One context for all workers; read again for each worker that is added, so that files can be replaced."""
+        settings = self.settings
+        return client_context(
+            authorities=settings.worker_ca,
+            cert=settings.worker_cert,
+            key=settings.worker_cert_key,
+            verify=settings.worker_tls_verify,
+        )
 
     def timeouts(self) -> Timeouts:
         settings = self.settings

@@ -2,11 +2,16 @@
 
 A request's head is bounded, in bytes and in time, while it arrives; a client that stops reading is disconnected after a while; the application
 learns of a lost connection by a call instead of a waiting task, and can break one off.
+
+Stopping loses no request. ``/ready`` turns 503 and every response says ``connection: close``; connections are taken for
+``drain_delay`` longer. Then the listener closes. What is in flight is answered; a connection that idles is kept for
+``drain_idle``, because its client may just be sending on it. Only a client that was told is hung up on after a response.
 """
 
 import asyncio
 import logging
 import math
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +21,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from router.client import CONNECTION
 from router.config import Settings
 from router.errors import RequestTimeout, TooLarge
+from router.tls import server_context
+
+TICK_S = 0.1
+_PROTOCOL_SETTINGS = ("max_header_bytes", "client_timeout", "body_timeout", "drain_idle")
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +35,8 @@ class Protocol(HttpToolsProtocol):
     max_header_bytes = 64 << 10
     client_timeout = 300.0
     body_timeout = 60.0
+    drain_idle = 1.0
+    draining = False
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -72,6 +83,18 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         super().on_headers_complete()
+        if self.draining:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """The server stops: end this connection where its client knows, or will see, that it ends."""
+        self.timeout_keep_alive = self.drain_idle  # type: ignore[assignment] # whole seconds are uvicorn's choice alone
+        if not self.cycle or self.cycle.response_complete:
+            self._unset_keepalive_if_required()
+            if not (self._in_head and self._head_bytes):  # a head that is arriving has a deadline of its own
+                self.timeout_keep_alive_task = self.loop.call_later(self.drain_idle, self.timeout_keep_alive_handler)
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def _await_rest(self) -> None:
         """One deadline for the rest of a head, or of a body that nobody reads any more."""
@@ -123,9 +146,32 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def make_server(app: Any, settings: Settings) -> uvicorn.Server:
-    """A server for ``app``, not started."""
-    members = {name: getattr(settings, name) for name in ("max_header_bytes", "client_timeout", "body_timeout")}
+class Server(uvicorn.Server):
+    """A server that drains as this module's text says. ``on_drain`` is called when that begins."""
+
+    def __init__(self, config: uvicorn.Config, on_drain: Callable[[], None], drain_delay: float) -> None:
+        super().__init__(config)
+        self._on_drain = on_drain
+        self._drain_delay = drain_delay
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_drain()
+        protocol: Any = self.config.http_protocol_class
+        protocol.draining = True
+        waited = 0.0
+        while waited < self._drain_delay and not self.force_exit:
+            waited += TICK_S
+            await asyncio.sleep(TICK_S)
+        await super().shutdown(sockets)
+
+
+def make_server(app: Any, settings: Settings) -> Server:
+    """A server for ``app``, not started.
+
+    Raises:
+        ConfigError: the files for TLS cannot be used.
+    """
+    members = {name: getattr(settings, name) for name in _PROTOCOL_SETTINGS}
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -143,4 +189,12 @@ def make_server(app: Any, settings: Settings) -> uvicorn.Server:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
     )
-    return uvicorn.Server(config)
+    config.load()
+    if settings.tls_cert:
+        config.ssl = server_context(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+    def on_drain() -> None:
+        if (gateway := getattr(app, "gateway", None)) is not None:
+            gateway.draining = True
+
+    return Server(config, on_drain, settings.drain_delay)

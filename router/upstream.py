@@ -247,13 +247,16 @@ class Connection(asyncio.Protocol):
 
 
 class Upstream:
-    """The connections to one worker. ``url`` is http(s)://HOST:PORT[/PREFIX]."""
+    """The connections to one worker. ``url`` is http(s)://HOST:PORT[/PREFIX]. With a ``key`` every request carries it in
+    place of any other authorization."""
 
-    def __init__(self, worker: str, url: str, timeouts: Timeouts) -> None:
+    def __init__(
+        self, worker: str, url: str, timeouts: Timeouts, *, key: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
         parts = urlsplit(url)
         self.worker = worker
         self._host = parts.hostname or ""
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         self._prefix = parts.path.encode()
         self.timeouts = timeouts
@@ -261,14 +264,20 @@ class Upstream:
         self._busy: set[Connection] = set()
         self._ticker: asyncio.TimerHandle | None = None
         self.host_header = parts.netloc.rpartition("@")[2].encode()
+        self.has_key = bool(key)
+        self._fixed = b" HTTP/1.1\r\nhost: " + self.host_header
+        if key:
+            self._fixed += b"\r\nauthorization: Bearer " + key.encode("ascii")
 
     @property
     def connections(self) -> int:
         return len(self._idle) + len(self._busy)
 
     def request_head(self, method: bytes, target: bytes, headers: Iterable[tuple[bytes, bytes]], length: int) -> bytes:
-        """Request line and headers, Host and Content-Length among them."""
-        lines = [method, b" ", self._prefix, target, b" HTTP/1.1\r\nhost: ", self.host_header]
+        """Request line and headers, Host and Content-Length among them, and Authorization where there is a key."""
+        lines = [method, b" ", self._prefix, target, self._fixed]
+        if self.has_key:
+            headers = [header for header in headers if header[0] != b"authorization"]
         lines.append(b"\r\ncontent-length: %d\r\n" % length)
         for name, value in headers:
             lines += (name, b": ", value, b"\r\n")
