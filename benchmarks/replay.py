@@ -29,12 +29,12 @@ from benchmarks.fleet_model import Job, ModelledWorker, Outcome, Rates
 from benchmarks.traces import BLOCK_TOKENS, Request, read_trace, resample
 from kv_protocol.identity import Identity
 from kv_protocol.messages import Heartbeat, Hello, TierInfo
+from router.breaker import Breaker
 from router.config import PolicyName, Settings, WorkerSpec
 from router.index import NO_HIT, Hit, Index
-from router.policies import Query, make_policy
-from router.policies.base import candidate
+from router.policies import Query, candidate, make_policy
 from router.upstream import Timeouts, Upstream
-from router.workers import Breaker, Flight, Worker
+from router.workers import Flight, Worker
 
 HEARTBEAT_S = 1.0
 POLICIES = (*get_args(PolicyName), "dynamo")
@@ -47,6 +47,7 @@ class Run(msgspec.Struct, frozen=True):
     workers: int = 8
     blocks: int = 4096
     speed: float = 1.0
+    routers: int = 1
     seed: int = 1
     settings: dict[str, Any] = {}
     rates: Rates = Rates()
@@ -97,28 +98,32 @@ class RouterChooser:
     def choose(self, request: Request, now: float) -> int:
         hits = self._index.lookup(request.whole, self._names) if self._policy.uses_hits else {}
         candidates = [candidate(worker, _in_tokens(hits.get(worker.name, NO_HIT))) for worker in self._workers]
-        worker = self._policy.choose(Query("model", request.input_tokens), candidates).worker
+        query = Query("model", request.input_tokens, hashes={_NAMESPACE: [request.whole]})
+        worker = self._policy.choose(query, candidates).worker
         cached = hits.get(worker.name, NO_HIT).total * BLOCK_TOKENS
         flight = Flight(now, max(0, request.input_tokens - cached))
         worker.load.sent(flight)
+        flight.due = worker.load.uncached_tokens
         self._flights[id(request)] = worker, flight
         return self._names.index(worker.name)
 
     def happened(self, worker: int, outcome: Outcome, now: float) -> None:
-        del now
         name = self._names[worker]
         self._index.removed(name, "gpu", outcome.removed)
         self._index.stored(name, "gpu", outcome.stored)
         for job in outcome.first:
-            sent_to, flight = self._flights[id(job.request)]
-            sent_to.load.computed(flight)
+            if mine := self._flights.get(id(job.request)):
+                sent_to, flight = mine
+                sent_to.load.computed(flight)
+                if self._policy.learns:
+                    flight.first_at = now
+                    sent_to.answered(flight)
         for job in outcome.finished:
-            sent_to, flight = self._flights.pop(id(job.request))
-            sent_to.load.finished(flight)
+            if mine := self._flights.pop(id(job.request), None):
+                mine[0].load.finished(mine[1])
 
     def heartbeat(self, worker: int, model: ModelledWorker, now: float) -> None:
-        sent_to = self._workers[worker]
-        sent_to.heartbeat = Heartbeat(
+        beat = Heartbeat(
             running=model.running,
             waiting=model.waiting,
             uncached_tokens=model.uncached_tokens,
@@ -127,8 +132,7 @@ class RouterChooser:
             held_chunks={"gpu": len(model.cache)},
             load_bandwidth={},
         )
-        sent_to.heartbeat_at = now
-        sent_to.load.heartbeat(model.uncached_tokens, now)
+        self._workers[worker].beat(beat, now)
 
 
 class DynamoChooser:
@@ -155,12 +159,34 @@ class DynamoChooser:
         self._index.removed(name, "gpu", outcome.removed)
         self._index.stored(name, "gpu", outcome.stored)
         for job in outcome.first:
-            self._model.first_token(name, self._sent.pop(id(job.request)))
+            if id(job.request) in self._sent:
+                self._model.first_token(name, self._sent[id(job.request)])
         for job in outcome.finished:
-            self._model.finished(name, job.request)
+            if self._sent.pop(id(job.request), None) is not None:
+                self._model.finished(name, job.request)
 
     def heartbeat(self, worker: int, model: ModelledWorker, now: float) -> None:
         """Its formula has no place for it."""
+
+
+class Replicas:
+    """Several routers that share the workers and know nothing of each other; requests go to them in turn."""
+
+    def __init__(self, choosers: Sequence[Chooser]) -> None:
+        self._choosers = choosers
+        self._turn = 0
+
+    def choose(self, request: Request, now: float) -> int:
+        self._turn += 1
+        return self._choosers[self._turn % len(self._choosers)].choose(request, now)
+
+    def happened(self, worker: int, outcome: Outcome, now: float) -> None:
+        for chooser in self._choosers:
+            chooser.happened(worker, outcome, now)
+
+    def heartbeat(self, worker: int, model: ModelledWorker, now: float) -> None:
+        for chooser in self._choosers:
+            chooser.heartbeat(worker, model, now)
 
 
 class Fleet:
@@ -217,8 +243,8 @@ def replay(requests: Sequence[Request], run: Run) -> Result:
     Raises:
         ValueError: a request does not fit a worker.
     """
-    chooser: Chooser = DynamoChooser(run) if run.policy == "dynamo" else RouterChooser(run)
-    fleet = Fleet(run, chooser)
+    choosers = [_chooser(msgspec.structs.replace(run, seed=run.seed + number)) for number in range(run.routers)]
+    fleet = Fleet(run, choosers[0] if run.routers == 1 else Replicas(choosers))
     fleet.serve(requests)
     return Result(
         policy=run.policy,
@@ -231,6 +257,10 @@ def replay(requests: Sequence[Request], run: Run) -> Result:
         blocks=run.blocks,
         speed=run.speed,
     )
+
+
+def _chooser(run: Run) -> Chooser:
+    return DynamoChooser(run) if run.policy == "dynamo" else RouterChooser(run)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -279,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--speed", type=float, default=1.0, help="how much faster than recorded requests arrive")
     parser.add_argument("--policy", default="longest-hit", choices=(*POLICIES, "all"))
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="a setting of the router")
+    parser.add_argument("--routers", type=int, default=1, help="router replicas that share the workers")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--resample", type=int, metavar="SEED", help="conversations at other times, in another order")
     parser.add_argument("--limit", type=int, help="only so many requests from the start")
@@ -296,7 +327,7 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
     settings = dict(item.replace("-", "_", 1).split("=", 1) for item in arguments.set)
     policies = POLICIES if arguments.policy == "all" else (arguments.policy,)
     a = arguments
-    return [Run(policy, a.workers, a.blocks, a.speed, a.seed, settings, rates) for policy in policies]
+    return [Run(policy, a.workers, a.blocks, a.speed, a.routers, a.seed, settings, rates) for policy in policies]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -321,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_NAMESPACE = ("model", BLOCK_TOKENS)
 _IDENTITY = Identity("modelled", "bfloat16", "none", ())
 
 

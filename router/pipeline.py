@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -178,8 +179,10 @@ class Pipeline:
             return None
         hits = self._look_up(plan, workers)
         candidates = [candidate(worker, hits[worker.name]) for worker in workers]
-        choice = (policy or self._policy).choose(Query(plan.pool.model, plan.prompt_tokens), candidates)
-        return Routed(choice, hits, candidates)
+        policy = policy or self._policy
+        tiers = partial(self.tiers, plan) if policy.uses_tiers else None
+        query = Query(plan.pool.model, plan.prompt_tokens, plan.request.headers, plan.hashes, tiers)
+        return Routed(policy.choose(query, candidates), hits, candidates)
 
     async def explain(self, kind: Kind, raw: bytes) -> tuple[Plan, Routed | None]:
         """What would be done with a request, leaving no trace in counters or policy.
@@ -283,9 +286,13 @@ class Pipeline:
         self._decided(journey, routed, hit)
         generation = worker.breaker.begin()
         worker.load.sent(flight)
+        if self._policy.learns and hit.gpu == hit.total and journey.plan.request.body.get("stream") is True:
+            flight.due = worker.load.uncached_tokens
         outcome = "abandoned"
         try:
             delivery = await self._forward(journey, worker, flight)
+            if flight.due and delivery.status == 200:
+                worker.answered(flight)
             outcome = self._delivered(worker, journey.plan.pool, decision, delivery, generation)
             if journey.plan.request.kind == "responses":
                 self._surface.delivered(journey.client, worker, decision)
@@ -309,6 +316,8 @@ class Pipeline:
         def first_byte() -> None:
             decision.ttft_s = time.perf_counter() - journey.started
             worker.load.computed(flight)
+            if flight.due:
+                flight.first_at = asyncio.get_running_loop().time()
 
         def may_retry() -> bool:
             others = {**journey.failures, worker.name: None}

@@ -20,6 +20,8 @@ DECODE_TOKENS = 64
 TRUST_FLOOR = 0.5
 _TRUST_STEP = 0.2
 _AVERAGE_STEP = 0.2
+_SHARED_BEATS = 60
+_SHARED_TOKENS = 4096
 
 Parity = Literal["unchecked", "exact", "mismatch", "unavailable"]
 
@@ -37,11 +39,13 @@ class ModelCard(msgspec.Struct, frozen=True):
 
 class Flight(msgspec.Struct, eq=False):
     """A request on its way: the prompt tokens the worker has to compute, until it has computed them. ``due`` is what it
-    had to compute up to the first token, this prompt included, where that is to be learned from."""
+    had to compute up to the first token, this prompt included, and ``first_at`` when that came, where that is to be
+    learned from."""
 
     sent_at: float
     uncached: int
     due: int = 0
+    first_at: float = 0.0
 
 
 class Load:
@@ -58,6 +62,12 @@ class Load:
         self._own = 0
         self._others = 0
         self._flights: dict[Flight, None] = {}
+        self._shared_beats = 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether another router lately sent to the worker, too."""
+        return self._shared_beats > 0
 
     @property
     def uncached_tokens(self) -> int:
@@ -88,6 +98,7 @@ class Load:
                 self._own -= flight.uncached - remaining
                 flight.uncached = remaining
         self._others = left
+        self._shared_beats = _SHARED_BEATS if left >= _SHARED_TOKENS else max(0, self._shared_beats - 1)
 
     def unreported(self) -> None:
         """The worker's figure is gone: what is left is counted here alone."""
@@ -181,9 +192,9 @@ class Worker:
         self.load.heartbeat(heartbeat.uncached_tokens, now)
         self.average_load += _AVERAGE_STEP * (self.weight - self.average_load)
 
-    def answered(self, flight: Flight, now: float) -> None:
-        """The first token came of a prompt of which nothing was loaded: learn from how long it took."""
-        self.pace.observe(flight.due, now - flight.sent_at)
+    def answered(self, flight: Flight) -> None:
+        """A prompt of which nothing was loaded was answered: learn from how long the first token took."""
+        self.pace.observe(flight.due, flight.first_at - flight.sent_at)
 
     def forget_reports(self) -> None:
         """The report stream is gone, and with it what was known from it."""

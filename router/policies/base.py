@@ -1,29 +1,46 @@
 """How a worker is chosen: the one interface every policy has."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from router.index import Hit
 from router.workers import Worker
 
+SHARED_SLACK_TOKENS = 512
+"""Loads that differ by less are equal among routers that share the workers."""
+
+Hashes = Mapping[tuple[str, int], Sequence[Sequence[bytes]]]
+"""Each prompt's chunk hashes, by model name and chunk size."""
+
 
 class Query(NamedTuple):
-    """What a policy may know of a request. ``prompt_tokens`` is 0 where the prompt was not tokenized."""
+    """What a policy may know of a request. ``prompt_tokens`` is 0 where the prompt was not tokenized; ``tiers`` says
+    how many tokens of its hit a worker has in each tier, at a cost of O(chunks)."""
 
     model: str
     prompt_tokens: int
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    hashes: Hashes = MappingProxyType({})
+    tiers: Callable[[Worker], Mapping[str, int]] | None = None
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first value of a header; ``name`` in lower case."""
+        return next((value for key, value in self.headers if key == name), None)
 
 
 class Candidate(NamedTuple):
-    """A worker that can take the request. ``hit_tokens`` as far as its index is believed; ``load`` in tokens, as
-    ``Worker.weight``; ``prefill_speed`` in tokens per second, 0 where unknown."""
+    """A worker that can take the request. ``hit_tokens`` as far as its index is believed, ``gpu_tokens`` those of them
+    that need not be loaded; ``load`` in tokens, as ``Worker.weight``; ``prefill_speed`` in tokens per second, 0 where
+    unknown."""
 
     worker: Worker
     hit_tokens: int
     load: int
     in_flight: int
     prefill_speed: float
+    gpu_tokens: int = 0
 
 
 class Choice(NamedTuple):
@@ -34,10 +51,15 @@ class Choice(NamedTuple):
 
 
 class Policy(Protocol):
-    """Stateless but for counters and the random source; called on the event loop."""
+    """Called on the event loop; keeps no more than counters, recent prefixes and the random source."""
 
     name: str
     uses_hits: bool
+    """Whether it compares hits: if not, prompts need not be tokenized for it."""
+    uses_tiers: bool
+    """Whether it asks ``Query.tiers``."""
+    learns: bool
+    """Whether it predicts times, which the workers' answers then have to teach."""
 
     def choose(self, query: Query, candidates: Sequence[Candidate]) -> Choice:
         """One of the candidates, of which there is at least one. O(candidates log candidates)."""
@@ -46,14 +68,20 @@ class Policy(Protocol):
 
 def candidate(worker: Worker, hit: Hit) -> Candidate:
     """What policies see of a worker that holds ``hit`` tokens of the prompt."""
-    return Candidate(worker, worker.believed(hit.total), worker.weight, worker.load.in_flight, worker.prefill_speed)
+    believed = worker.believed(hit.total)
+    load = worker.load
+    return Candidate(worker, believed, worker.weight, load.in_flight, worker.prefill_speed, min(hit.gpu, believed))
 
 
 def pick(candidates: Iterable[Candidate], rng: random.Random) -> Candidate:
-    """The least loaded; among equals, one at random."""
+    """The least loaded; among equals, one at random. Where other routers send to the same workers, loads that are nearly
+    equal count as equal: by the same reports all of them would take the same worker until the next heartbeat."""
     ranked = list(candidates)
     least = min((c.load, c.in_flight) for c in ranked)
-    equal = [c for c in ranked if (c.load, c.in_flight) == least]
+    if ranked[0].worker.load.shared:
+        equal = [c for c in ranked if c.load <= least[0] + SHARED_SLACK_TOKENS]
+    else:
+        equal = [c for c in ranked if (c.load, c.in_flight) == least]
     return equal[0] if len(equal) == 1 else rng.choice(equal)
 
 

@@ -17,7 +17,7 @@ def make_worker(name: str, *cards: ModelCard) -> Worker:
 
 def test_the_workers_figure_stands_for_what_it_had_by_then() -> None:
     load = Load()
-    early, late = Flight(0.0, 1000), Flight(9.9, 500)
+    early, late = Flight(0.0, 1000), Flight(9.96, 500)
     load.sent(early)
     load.sent(late)
     assert load.uncached_tokens == 1500
@@ -27,9 +27,10 @@ def test_the_workers_figure_stands_for_what_it_had_by_then() -> None:
     assert load.uncached_tokens == 2500
     load.computed(early)
     load.heartbeat(0, 11.0)
-    assert load.uncached_tokens == 0
+    assert load.uncached_tokens == 0, "an answer that comes only as a whole: the worker knows that it is computed"
+    load.heartbeat(700, 12.0)
     load.unreported()
-    assert load.uncached_tokens == 500
+    assert load.uncached_tokens == 0, "what others sent is the worker's to say"
     load.finished(late)
     load.finished(early)
     assert (load.uncached_tokens, load.in_flight) == (0, 0)
