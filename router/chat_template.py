@@ -22,6 +22,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.errors import Unrenderable
+from router.traced_template import TracedTemplate
 
 ContentFormat = Literal["string", "openai"]
 Message = dict[str, Any]
@@ -65,7 +66,7 @@ class ChatTemplate:
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            self._environment, self._template = environment, environment.from_string(source)
         except jinja2.TemplateError as error:
             raise Unrenderable(f"the chat template does not compile: {error}") from error
         if _is_random(tree):
@@ -102,18 +103,28 @@ class ChatTemplate:
         final = None
         if continue_final_message:
             conversation, final = self._mark_final(conversation)
-        accepted = {key: value for key, value in (arguments or {}).items() if key in self.variables}
-        variables = {**self._special_tokens, **accepted}
-        text = self._run(
-            {
-                **variables,
-                "messages": conversation,
-                "tools": tools,
-                "documents": documents,
-                "add_generation_prompt": add_generation_prompt,
-            }
-        )
+        variables = self._variables(conversation, arguments or {})
+        variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        text = self._run(variables)
         return text if final is None else _cut_after(text, final)
+
+    def by_heart(self, arguments: Mapping[str, Any], content_format: ContentFormat) -> TracedTemplate | None:
+        """What renders chats of plain texts with these arguments, no tools and no documents as ``render`` does, at a
+        fraction of the cost; None where it cannot.
+        """
+        if _RESERVED & arguments.keys():
+            return None
+        wanted = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return TracedTemplate(
+            self._environment,
+            self.source,
+            lambda messages: self._variables(messages, arguments) | wanted,
+            parts=content_format == "openai",
+        )
+
+    def _variables(self, conversation: Sequence[Message], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        accepted = {key: value for key, value in arguments.items() if key in self.variables}
+        return {**self._special_tokens, **accepted, "messages": conversation}
 
     def _run(self, variables: dict[str, Any]) -> str:
         try:

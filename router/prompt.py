@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from router.chat_template import ChatTemplate, ContentFormat
-from router.conversation import conversation_of, tools_of
+from router.conversation import conversation_of, plain_texts, tools_of
 from router.errors import ConfigError, InvalidRequest, Unrenderable
 from router.prompt_ids import PromptIds
 from router.splice import Kind, can_carry_ids, splice_token_ids
 from router.token_memory import TokenMemory
 from router.tokenizer import LOOP_BUDGET_S, MEMORY_BYTES, Tokenizer, build_tokenizer
 from router.tokenizer_files import TokenizerFiles
+from router.traced_template import TracedTemplate
 
 __all__ = ["PromptBuilder", "can_carry_ids", "splice_token_ids", "tokenize_request"]
 
@@ -28,6 +29,18 @@ _TOKENIZE_FIELDS = (
     "chat_template_kwargs",
     "mm_processor_kwargs",
     "media_io_kwargs",
+)
+# What the template's output depends on, besides the messages.
+_RENDERED_FIELDS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "documents",
+        "reasoning_effort",
+        "tools",
+    }
 )
 _MAX_INT64 = 2**63 - 1
 _MOST_MARKS = 3
@@ -67,6 +80,7 @@ class PromptBuilder:
         self._drop_tools = drop_tools_when_tool_choice_none
         self._own_chat_encoding = own_chat_encoding
         self._compiled: dict[str, ChatTemplate] = {}
+        self._by_heart = self._learn()
         self.memory: TokenMemory | None = tokenizer.memory(self._marks(), memory_bytes)
 
     @classmethod
@@ -118,7 +132,18 @@ class PromptBuilder:
         return self._tokens(text, body, special=_flag(body, "add_special_tokens", default=False))
 
     def render(self, body: dict[str, Any]) -> str:
-        """The text the chat template makes of a /v1/chat/completions body. Raises as ``chat`` does."""
+        """The text the chat template makes of a /v1/chat/completions body. Raises as ``chat`` does.
+
+        Some 0.3 µs per message where all of them are plain texts, some 3 µs per message otherwise.
+        """
+        if self._by_heart is not None and _RENDERED_FIELDS.isdisjoint(body):
+            plain = plain_texts(body.get("messages"))
+            if plain is not None and (text := self._by_heart.render(*plain)) is not None:
+                return text
+        return self.render_in_full(body)
+
+    def render_in_full(self, body: dict[str, Any]) -> str:
+        """``render`` without what is known by heart."""
         if self._own_chat_encoding:
             raise Unrenderable(f"vLLM encodes chats for {self._own_chat_encoding} without a chat template")
         if body.get("chat_template") is not None:
@@ -127,9 +152,7 @@ class PromptBuilder:
         if self._drop_tools and body.get("tool_choice") == "none":
             tools = None
         template = self._template(with_tools=tools is not None)
-        content_format: ContentFormat = (
-            template.content_format if self._content_format == "auto" else self._content_format
-        )
+        content_format = self._format_for(template)
         arguments = self._arguments(body)
         generate, resume = _continuation(body)
         return template.render(
@@ -171,6 +194,18 @@ class PromptBuilder:
         if self.tokenizer.seconds_for(pending.characters) <= LOOP_BUDGET_S:
             return pending()
         return await asyncio.to_thread(pending)
+
+    def _learn(self) -> TracedTemplate | None:
+        if self._own_chat_encoding:
+            return None
+        try:
+            template = self._template(with_tools=False)
+            return template.by_heart(self._arguments({}), self._format_for(template))
+        except Unrenderable:
+            return None
+
+    def _format_for(self, template: ChatTemplate) -> ContentFormat:
+        return template.content_format if self._content_format == "auto" else self._content_format
 
     def _marks(self) -> list[str]:
         """Special tokens that open or close the turns of this model's chats, the most frequent first."""
