@@ -12,9 +12,11 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -22,6 +24,7 @@ from router.client import CONNECTION
 from router.config import Settings
 from router.errors import RequestTimeout, TooLarge
 from router.tls import server_context
+from router.upgrade import parser_past_head
 
 TICK_S = 0.1
 _PROTOCOL_SETTINGS = ("max_header_bytes", "client_timeout", "body_timeout", "drain_idle")
@@ -43,6 +46,7 @@ class Protocol(HttpToolsProtocol):
         self.on_lost: Callable[[], None] | None = None
         self._head_bytes = 0
         self._in_head = True
+        self._received = b""
         self._stalled: asyncio.TimerHandle | None = None
         self._overdue: asyncio.TimerHandle | None = None
 
@@ -61,6 +65,7 @@ class Protocol(HttpToolsProtocol):
         self._await_rest()
 
     def data_received(self, data: bytes) -> None:
+        self._received = data
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -81,10 +86,27 @@ class Protocol(HttpToolsProtocol):
         self.scope[CONNECTION] = self  # type: ignore[literal-required] # ours alone
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
         super().on_headers_complete()
+        self._in_head = False
         if self.draining:
             self.cycle.keep_alive = False
+
+    def _should_upgrade(self) -> bool:
+        """Asked only of requests that offer another protocol: they begin as any other, and do not end with their head."""
+        return not self._in_head
+
+    def handle_websocket_upgrade(self) -> None:
+        """Called while the parser's exception is handled, which says where the head ended."""
+        ended = sys.exception()
+        at = ended.args[0] if ended is not None and ended.args else len(self._received)
+        rest = self._received[at:]
+        try:
+            self.parser = parser_past_head(self, self.scope["method"].encode(), self.headers)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+            return
+        if rest:
+            self.data_received(rest)
 
     def shutdown(self) -> None:
         """The server stops: end this connection where its client knows, or will see, that it ends."""

@@ -12,12 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from router.config import LOOPBACK, WorkerSpec
 from router.control import MAX_TTL_S
 from router.errors import UNDECODABLE, Forbidden, InvalidRequest, NotFound, Unauthorized
+from router.explain import explain_body, explain_id
 from router.splice import Kind
 from router.workers import Worker
 
 if TYPE_CHECKING:
     from router.app import Gateway
     from router.pipeline import Plan, Routed
+
+
+PromptKind = Literal["chat", "completions", "messages", "responses", "generate"]
 
 
 class Selector(BaseModel):
@@ -84,6 +88,10 @@ def _add_workers(router: APIRouter, gateway: "Gateway") -> None:
         await gateway.control.remove_worker(found)
         return {"removed": found.name}
 
+    @router.get("/keys")
+    async def keys() -> Any:
+        return gateway.access.describe() if gateway.access is not None else {"keys": None}
+
     @router.post("/workers/drain")
     async def drain(request: DrainRequest) -> Any:
         found = _find(gateway, request.worker)
@@ -115,10 +123,20 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
         return describe_index(gateway)
 
     @router.post("/route")
-    async def route(request: Request, endpoint: Literal["chat", "completions"] | None = None) -> Any:
+    async def route(request: Request, endpoint: PromptKind | None = None) -> Any:
         raw = await request.body()
         plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
         return explanation(gateway, plan, routed)
+
+    @router.get("/explain")
+    async def explain_request(id: str) -> Any:  # noqa: A002 - the name in the URL
+        return await explain_id(gateway, id)
+
+    @router.post("/explain")
+    async def explain_body_of(request: Request, endpoint: PromptKind | None = None) -> Any:
+        raw = await request.body()
+        plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
+        return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
 
     @router.get("/requests")
     async def requests(

@@ -75,6 +75,9 @@ class SimulatedWorker:
         self.prefill_speed = 1000.0
         self.uncached_tokens = 0
 
+        self.generating = {"/v1/chat/completions", "/v1/completions"}
+
+        self.methods: list[str] = []
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.aborted = 0
         self.sent_bytes = 0
@@ -239,7 +242,8 @@ class SimulatedWorker:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         path = line[2].decode()
         self.requests.append((path, headers, body))
-        if line[1] == b"POST" and path.startswith(("/v1/chat", "/v1/completions")):
+        self.methods.append(line[1].decode())
+        if line[1] == b"POST" and path.partition("?")[0] in self.generating:
             return await self._watch_client(reader, self._answer(writer, headers, body))
         if path == "/v1/models" and self.model_list is not None:
             status, content = self.model_list
