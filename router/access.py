@@ -47,6 +47,10 @@ from router.salt import derive_salt, with_salt
 KEY_PREFIX = "wr-"
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 """Headers that carry a client's key; they do not travel on to workers where keys are in use."""
+PROBES = frozenset({"/health", "/ready", "/metrics", "/version"})
+"""Paths that need no key, unless that is switched off."""
+TENANT = "warmroute.tenant"
+"""Scope key of the tenant, where a request is not routed."""
 PRIORITY_HEADER = b"x-warmroute-priority"
 BYTES_PER_TOKEN = 4
 """What a token is taken to be where a prompt is not tokenized."""
@@ -133,14 +137,18 @@ class Tenant:
         Raises:
             ApiError: the model or the priority is not for this key.
         """
-        if self._exact:
+        body = request.body
+        if self._exact and request.kind != "stored":  # a stored response is its tenant's alone
             self._check_model(request.model)
-        if "priority" in request.body:
-            self._check_priority(request.body["priority"])
-        salt = derive_salt(self._salt, request.cache_salt) if request.cache_salt else self._own_salt
-        if salt:
-            request.raw = with_salt(request.raw, request.body, salt)
-            request.body["cache_salt"] = request.cache_salt = salt
+        if "priority" in body:
+            self._check_priority(body["priority"])
+        given = body.get("cache_salt")
+        if given is not None and not isinstance(given, str):
+            raise InvalidRequest("cache_salt must be a non-empty string", param="cache_salt")
+        salt = derive_salt(self._salt, given) if given else self._own_salt
+        if salt and body:
+            request.raw = with_salt(request.raw, body, salt)
+            body["cache_salt"] = request.cache_salt = salt
 
     def urgency(self, headers: Iterable[tuple[bytes, bytes]]) -> int:
         """The request's priority in the queue: its header's, as far as the key allows, else the key's.
@@ -249,7 +257,7 @@ class Access:
         Raises:
             Unauthorized: it shows none, or one that is not in force.
         """
-        given = _shown(headers)
+        given = shown_key(headers)
         if given is None:
             self.refused += 1
             raise Unauthorized("an API key is required: 'Authorization: Bearer KEY'", code="missing_api_key")
@@ -391,7 +399,8 @@ def _inline(text: str) -> list[KeySpec]:
     return check_keys(keys, "api_keys")
 
 
-def _shown(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+def shown_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The key or token a request shows, None where there is none."""
     for name, value in headers:
         if name == b"authorization":
             if value[:7].lower() == b"bearer ":

@@ -1,6 +1,7 @@
 """The gateway: every part made and wired, started and stopped; and the ASGI application around it."""
 
 import asyncio
+import hmac
 import logging
 import random
 import ssl
@@ -8,18 +9,21 @@ from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
 from kv_protocol.messages import Admitted
-from router.access import make_access
+from router.access import PROBES, TENANT, make_access, shown_key
+from router.access_metrics import AccessState
 from router.accounting import Accounting, Decision
 from router.admission import Admission
 from router.breaker import Breaker
-from router.client import Client, Receive, Scope, Send
+from router.client import Client, Headers, Receive, Scope, Send
 from router.clients import client_type
 from router.config import Settings, WorkerSpec
 from router.control import Control
+from router.cross_origin import share_with_origins
 from router.dialects import DIALECTS
 from router.endpoints import find
 from router.errors import ApiError, ClientGone
 from router.health import Monitor
+from router.history import History
 from router.index import Index
 from router.metrics import Metrics
 from router.observe import observed
@@ -49,12 +53,11 @@ _log = logging.getLogger(__name__)
 class Gateway:
     """All parts of one router process. Make it, ``start`` it in a running event loop, ``close`` it there."""
 
-    def __init__(
-        self, settings: Settings, sources: Sources | None = None, siblings: Siblings | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, sources: Sources | None = None, siblings: Siblings | None = None) -> None:
         self.settings = settings
         self.registry = Registry()
         self.index = Index()
+        self.history = History()
         self.admission = Admission(
             settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes
         )
@@ -77,6 +80,7 @@ class Gateway:
             access=self.access,
             suspected=self._suspected,
         )
+        self.metrics.add(AccessState(self.access, self.admission, self.pipeline.retries))
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
         self._turns = Turns()
         self._watchers: dict[str, Watcher] = {}
@@ -180,6 +184,11 @@ class Gateway:
         settings = self.settings
         return Timeouts(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout)
 
+    def shows_admin_token(self, headers: Headers) -> bool:
+        token = self.settings.admin_token.get_secret_value().encode()
+        given = shown_key(headers)
+        return bool(token) and given is not None and hmac.compare_digest(given, token)
+
     def _watcher(self, worker: Worker) -> Watcher:
         return Watcher(
             worker,
@@ -191,6 +200,7 @@ class Gateway:
             admitted=self._admitted,
             lost=self._lost,
             rng=self._rng,
+            history=self.history,
         )
 
     async def _retire(self, worker: Worker) -> None:
@@ -201,6 +211,7 @@ class Gateway:
         worker.upstream.close()
         if self.registry.get(worker.name) is None:  # another may have come by that name
             self.metrics.forget(worker.name)
+            self.history.forget(worker.name)
 
     def _admitted(self, worker: Worker, message: Admitted) -> None:
         self.accounting.admitted(worker, message)
@@ -318,6 +329,7 @@ class Application:
         """Every body is read whole, within the bounds of size and time, before anybody looks at it."""
         settings = self.gateway.settings
         try:
+            self._authorize(client.scope)
             parts = [await client.read_body(settings.max_body_bytes, settings.body_timeout)]
         except ClientGone:
             return
@@ -332,6 +344,17 @@ class Application:
         get = {**client.scope, "method": "GET"} if client.scope["method"] == "HEAD" else client.scope
         await self._rest(get, replay, send)
 
+    def _authorize(self, scope: Scope) -> None:
+        """Raises:
+        Unauthorized: the path is not open, and the request shows neither key nor admin token. ``/admin`` guards itself.
+        """
+        gateway, path = self.gateway, scope["path"]
+        if gateway.access is None or path == "/admin" or path.startswith("/admin/"):
+            return
+        if path in PROBES and (gateway.settings.open_probes or gateway.shows_admin_token(scope["headers"])):
+            return
+        scope[TENANT] = gateway.access.authenticate(scope["headers"])
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
@@ -344,12 +367,23 @@ class Application:
                 return
 
 
-def create_app(
-    settings: Settings, sources: Sources | None = None, siblings: Siblings | None = None
-) -> Application:
+class CrossOrigin(Application):
+    """The application for web pages of other origins: theirs alone pay for it."""
+
+    def __init__(self, gateway: Gateway, rest: Any) -> None:
+        super().__init__(gateway, rest)
+        self._shared = share_with_origins(super().__call__, gateway.settings.cors_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._shared(scope, receive, send)
+
+
+def create_app(settings: Settings, sources: Sources | None = None, siblings: Siblings | None = None) -> Application:
     """The application for these settings; its lifespan starts and stops the gateway. ``sources`` is where the settings
     came from, to be read again; ``siblings`` the other processes that serve the same port."""
     from router.api import make_rest  # noqa: PLC0415 - the api modules take the gateway's type from here
 
     gateway = Gateway(settings, sources, siblings)
+    if settings.cors_origins:
+        return CrossOrigin(gateway, make_rest(gateway))
     return Application(gateway, make_rest(gateway))

@@ -38,6 +38,10 @@ class Metrics:
         self.duration = self._histogram("request_seconds", "From request to last byte", _SECONDS, "worker")
         self.routing = self._histogram("routing_seconds", "From parsed request to chosen worker", _ROUTING_SECONDS)
 
+    def add(self, collector: Collector) -> None:
+        """Show what another part keeps itself."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
         """The text exposition format. O(series)."""
         return generate_latest(self._registry)

@@ -16,7 +16,7 @@ LONGEST_BACKOFF_S = 1.0
 class RetryBudget:
     """``requests`` is counted up by whoever sends one; all else is worked out when a retry is wanted."""
 
-    __slots__ = ("_at", "_level", "_seen", "exhausted", "ratio", "requests")
+    __slots__ = ("_at", "_level", "_seen", "exhausted", "ratio", "requests", "taken")
 
     def __init__(self, ratio: float, now: float = 0.0) -> None:
         self.ratio = ratio
@@ -24,6 +24,7 @@ class RetryBudget:
         self._at = now
         self._seen = 0
         self.requests = 0
+        self.taken = 0
         self.exhausted = 0
 
     def allows(self, now: float) -> bool:
@@ -37,6 +38,7 @@ class RetryBudget:
             self.exhausted += 1
             return False
         self._level -= 1
+        self.taken += 1
         return True
 
     def _earn(self, now: float) -> None:

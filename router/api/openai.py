@@ -4,8 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
+from router.access import TENANT, Tenant
 from router.errors import ModelNotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -25,23 +26,25 @@ def make_public(gateway: "Gateway") -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
-    async def models() -> Any:
-        cards = [_card(pool) for pool in gateway.registry.pools.values()]
+    async def models(request: Request) -> Any:
+        cards = [_card(pool) for name, pool in gateway.registry.pools.items() if _may_use(request, name)]
         return {"object": "list", "data": cards}
 
     @router.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
+    async def model(model: str, request: Request) -> Any:
         pool = gateway.registry.pools.get(model)
-        if pool is None:
+        if pool is None or not _may_use(request, model):
             raise ModelNotFound(f"the model {model!r} is not served here", param="model")
         return _card(pool)
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Any:
         return {"status": "ok"}
 
-    @router.get("/ready")
+    @router.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Any:
+        if gateway.draining:
+            raise Unavailable("the gateway is stopping", retry_after=1)
         missing = _without_workers(gateway)
         if missing:
             raise Unavailable(f"no worker is up for: {', '.join(missing)}", retry_after=1)
@@ -49,13 +52,18 @@ def make_public(gateway: "Gateway") -> APIRouter:
 
     @router.get("/version")
     async def get_version() -> Any:
-        return {"version": package_version()}
+        return {"version": package_version(), "product": "warmroute"}
 
     @router.get("/metrics")
     async def metrics() -> Response:
         return Response(await gateway.control.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+def _may_use(request: Request, model: str) -> bool:
+    tenant: Tenant | None = request.scope.get(TENANT)
+    return tenant is None or tenant.may_use(model)
 
 
 def _card(pool: "Pool") -> dict[str, Any]:
