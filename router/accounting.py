@@ -22,7 +22,7 @@ _TAILS = (re.compile(r"-[0-9a-f]{8}$"), re.compile(r"-\d+$"), re.compile(r"-\d+-
 
 class Decision(msgspec.Struct, eq=False):
     """One routed request. Tokens throughout; times in seconds; ``at`` is Unix time. ``actual_hit_tokens`` is what the worker
-    reported by tier, None until it did."""
+    reported by tier, None until it did; ``missing`` the first chunk, in hexadecimal, that its worker lacked."""
 
     request_id: str
     at: float
@@ -33,6 +33,7 @@ class Decision(msgspec.Struct, eq=False):
     tokenized_by: str = "nobody"
     prompt_tokens: int = 0
     predicted_hit_tokens: int = 0
+    missing: str = ""
     actual_hit_tokens: dict[str, int] | None = None
     cached_tokens: int | None = None
     attempts: int = 0

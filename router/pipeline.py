@@ -349,6 +349,7 @@ class Pipeline:
         if journey.failures:
             decision.reason += f"; after {', '.join(journey.failures)} failed"
         decision.predicted_hit_tokens = hit.total
+        decision.missing = _first_missing(plan, worker, hit)
         decision.outcome = "running"
         decision.attempts += 1
         known = worker.hello is not None and plan.prompt_tokens > 0
@@ -486,6 +487,11 @@ class Pipeline:
             plan.hashes[namespace] = [ids.chunks(root, size) for ids in plan.tokenized.prompts]
         return plan.hashes[namespace]
 
+    def chunks(self, plan: Plan, namespace: Namespace) -> list[bytes]:
+        """The chunks of a request's first prompt; empty where its tokens are not known."""
+        hashes = self._hashes(plan, namespace)
+        return hashes[0] if hashes else []
+
     def tiers(self, plan: Plan, worker: Worker) -> dict[str, int]:
         """A worker's hit in tokens by tier. O(chunks)."""
         totals: dict[str, int] = {}
@@ -505,6 +511,16 @@ class Pipeline:
         return Unavailable(
             f"no worker serving {pool.model!r} can take the request ({reasons})", retry_after=_RETRY_AFTER_S
         )
+
+
+def _first_missing(plan: Plan, worker: Worker, hit: Hit) -> str:
+    """The first chunk, in hexadecimal, that a worker lacks of a request of one prompt; empty where it lacks none."""
+    namespace = worker.namespace
+    hashes = plan.hashes.get(namespace) if namespace is not None else None
+    if namespace is None or not hashes or len(hashes) > 1:
+        return ""
+    held = hit.total // namespace[1]
+    return hashes[0][held].hex() if held < len(hashes[0]) else ""
 
 
 def _fitting(plan: Plan, workers: Sequence[Worker]) -> list[Worker]:

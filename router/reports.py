@@ -35,6 +35,7 @@ from kv_protocol.messages import (
     unpack,
 )
 from router.errors import TooManyChunks
+from router.history import History
 from router.index import Index
 from router.turns import Turns
 from router.workers import Worker
@@ -78,7 +79,9 @@ class Watcher:
         admitted: Callable[[Worker, Admitted], None],
         lost: Callable[[Worker], None],
         rng: random.Random,
+        history: History | None = None,
     ) -> None:
+        self._history = history or History()
         self._worker = worker
         self._index = index
         self._token = token
@@ -186,8 +189,10 @@ class Watcher:
             return
         match message:
             case Cleared():
+                self._history.cleared(self._worker.name, message.tier)
                 await self._clear(message.tier)
             case Removed():
+                self._history.removed(self._worker.name, message.tier, message.chunks)
                 await self._in_slices(self._index.removed, message.tier, message.chunks)
             case _:
                 await self._in_slices(self._index.stored, message.tier, message.chunks)
@@ -204,6 +209,7 @@ class Watcher:
             self._epoch = hello.epoch
             self._worker.epochs += 1
             self._worker.trust = 1.0
+        self._history.began(self._worker.name, hello.epoch)
         self._worker.hello = hello
         self._worker.reports_error = ""
 

@@ -138,6 +138,16 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
         plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
         return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
 
+    @router.get("/explain")
+    async def explain_request(id: str) -> Any:  # noqa: A002 - the name in the URL
+        return await explain_id(gateway, id)
+
+    @router.post("/explain")
+    async def explain_body_of(request: Request, endpoint: Literal["chat", "completions"] | None = None) -> Any:
+        raw = await request.body()
+        plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
+        return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
+
     @router.get("/requests")
     async def requests(
         id: str | None = None,  # noqa: A002 - the name in the URL

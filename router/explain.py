@@ -1,0 +1,191 @@
+"""Why a request goes where it goes, and where its hit ends and why.
+
+A hit ends at the first chunk the worker does not hold. What became of that chunk is read from what workers reported
+lately, from the index, and from earlier requests that lacked the same chunk.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kv_protocol.hashing import root_hash
+from router.errors import NotFound
+from router.workers import Worker
+
+if TYPE_CHECKING:
+    from router.app import Gateway
+    from router.pipeline import Namespace, Plan, Routed
+
+
+async def explain_body(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> list[dict[str, Any]]:
+    """For each worker that could take a request: where its hit would end, and why."""
+    if routed is None:
+        return []
+    recent = await gateway.control.requests(gateway.settings.recent_requests)
+    return [_end_of(gateway, plan, item.worker, recent) for item in routed.candidates]
+
+
+async def explain_id(gateway: "Gateway", request_id: str) -> dict[str, Any]:
+    """A request that was routed: its decision, and where its hit ended at its worker, and why.
+
+    Raises:
+        NotFound: it is not among the latest.
+    """
+    recent = await gateway.control.requests(gateway.settings.recent_requests)
+    decision = next((item for item in recent if item["request_id"] == request_id), None)
+    if decision is None:
+        raise NotFound(
+            f"no request {request_id!r} among the last {len(recent)}; recent_requests says how many are kept",
+            param="id",
+            code="request_not_found",
+        )
+    return {"decision": decision, "end": _end_then(gateway, decision, recent)}
+
+
+def _end_of(gateway: "Gateway", plan: "Plan", worker: Worker, recent: list[dict[str, Any]]) -> dict[str, Any]:
+    end: dict[str, Any] = {"worker": worker.name, "held_chunks": 0, "chunks": 0}
+    if (namespace := worker.namespace) is None:
+        return end | _because("not_watched", _not_watched(worker))
+    if not plan.tokenized.prompts:
+        return end | _because(
+            "not_tokenized", f"the prompt's tokens are not known: {plan.tokenized.why or 'no prompt'}"
+        )
+    chunks = gateway.pipeline.chunks(plan, namespace)
+    held = gateway.index.lookup(chunks, [worker.name])[worker.name].total
+    end |= {"held_chunks": held, "chunks": len(chunks), "chunk_size": namespace[1]}
+    if held >= len(chunks):
+        return end | _because("complete", _complete(plan, namespace))
+    why = _why_missing(gateway, worker, chunks[held], recent, before=time.time())
+    if why["cause"] == "never_stored" and (kin := _under_another_root(gateway, plan, worker, namespace, held)):
+        why = _because("other_root", kin)
+    return end | {"first_missing": chunks[held].hex()} | why
+
+
+def _end_then(gateway: "Gateway", decision: dict[str, Any], recent: list[dict[str, Any]]) -> dict[str, Any]:
+    worker = gateway.registry.get(decision["worker"])
+    if worker is None:
+        return _because("gone", f"worker {decision['worker']!r} is not there any more")
+    if not decision["prompt_tokens"]:
+        return _because("not_tokenized", "the prompt's tokens were not known, so it was routed by load")
+    if not decision["missing"]:
+        known = worker.namespace is not None
+        text = "every whole chunk of the prompt was held" if known else _not_watched(worker)
+        return _because("complete" if known else "not_watched", text)
+    chunk = bytes.fromhex(decision["missing"])
+    return {"first_missing": decision["missing"]} | _why_missing(gateway, worker, chunk, recent, before=decision["at"])
+
+
+def _why_missing(
+    gateway: "Gateway", worker: Worker, chunk: bytes, recent: list[dict[str, Any]], *, before: float
+) -> dict[str, Any]:
+    """The likeliest cause first. ``before`` is Unix time: what happened later is not the cause."""
+    holders = _holders(gateway, chunk)
+    why = (
+        _departed(gateway, worker, chunk, before)
+        or _computing(worker, chunk, recent, before)
+        or _cleared(gateway, worker, before)
+        or _elsewhere(worker, chunk, holders, recent, before)
+        or _never(gateway, worker, before)
+    )
+    return why | {"held_now_by": holders}
+
+
+def _departed(gateway: "Gateway", worker: Worker, chunk: bytes, before: float) -> dict[str, Any] | None:
+    departure = gateway.history.last(worker.name, chunk)
+    if departure is None or departure.at > before:
+        return None
+    age = _ago(before - departure.at)
+    return _because(
+        "evicted",
+        f"{worker.name} held this chunk and gave it up {age} before, last in its {departure.tier} tier: "
+        "the tiers are smaller than what is asked for again",
+    ) | {"tier": departure.tier, "seconds_before": round(before - departure.at, 3)}
+
+
+def _computing(worker: Worker, chunk: bytes, recent: list[dict[str, Any]], before: float) -> dict[str, Any] | None:
+    for other in recent:
+        same = other["missing"] == chunk.hex() and other["worker"] == worker.name and other["at"] < before
+        if same and (other["outcome"] == "running" or other["at"] + (other["ttft_s"] or 0.0) > before):
+            return _because(
+                "being_computed",
+                f"request {other['request_id']} was computing it there, sent {_ago(before - other['at'])} before",
+            )
+    return None
+
+
+def _cleared(gateway: "Gateway", worker: Worker, before: float) -> dict[str, Any] | None:
+    clearing = gateway.history.last_clearing(worker.name)
+    if clearing is None or clearing.at > before:
+        return None
+    age = _ago(before - clearing.at)
+    text = f"{worker.name}'s {clearing.tier} tier was emptied {age} before, and the chunk has not been stored since"
+    return _because("cleared", text) | {"tier": clearing.tier}
+
+
+def _elsewhere(
+    worker: Worker, chunk: bytes, holders: dict[str, list[str]], recent: list[dict[str, Any]], before: float
+) -> dict[str, Any] | None:
+    others = [name for name in holders if name != worker.name]
+    if not others:
+        return None
+    sent = next((r for r in recent if r["missing"] == chunk.hex() and r["worker"] in others and r["at"] < before), None)
+    text = f"the chunk was computed at {', '.join(others)}, not at {worker.name}"
+    if sent is not None:
+        text += f": request {sent['request_id']} went there {_ago(before - sent['at'])} before ({sent['reason']})"
+    return _because("elsewhere", text)
+
+
+def _never(gateway: "Gateway", worker: Worker, before: float) -> dict[str, Any]:
+    since = gateway.history.since(worker.name)
+    watched = f" in the {_ago(before - since)} it has been watched" if since is not None and since < before else ""
+    return _because(
+        "never_stored", f"{worker.name} has not reported this chunk{watched}: the prompt differs from there"
+    )
+
+
+def _holders(gateway: "Gateway", chunk: bytes) -> dict[str, list[str]]:
+    found = {}
+    for worker in gateway.registry.workers:
+        tiers = [tier for tier, count in gateway.index.tiers(worker.name, [chunk]).items() if count]
+        if tiers:
+            found[worker.name] = tiers
+    return found
+
+
+def _under_another_root(
+    gateway: "Gateway", plan: "Plan", worker: Worker, namespace: "Namespace", held: int
+) -> str | None:
+    """Whether the same tokens are held without the request's salt, or for another adapter: kept apart on purpose."""
+    model, size = namespace
+    prompt = plan.tokenized.prompts[0]
+    loras = {pool.lora for pool in gateway.registry.pools.values() if pool.base == plan.pool.base}
+    for lora in sorted(loras - {plan.pool.lora}):
+        root = root_hash(chunk_size=size, model=model, lora=lora, cache_salt=plan.request.cache_salt)
+        if gateway.index.lookup(prompt.chunks(root, size), [worker.name])[worker.name].total > held:
+            return f"the same tokens are held for {lora or plan.pool.base!r}: caches of adapters are never shared"
+    if plan.request.cache_salt:
+        root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt="")
+        if gateway.index.lookup(prompt.chunks(root, size), [worker.name])[worker.name].total > held:
+            return "the same tokens are held without this cache_salt: caches of different salts are never shared"
+    return None
+
+
+def _complete(plan: "Plan", namespace: "Namespace") -> str:
+    size = namespace[1]
+    if plan.prompt_tokens < size:
+        return f"the prompt's {plan.prompt_tokens} tokens do not fill one chunk of {size}"
+    return "every whole chunk of the prompt is held; what is left does not fill a chunk"
+
+
+def _not_watched(worker: Worker) -> str:
+    why = worker.reports_error or "it has no report port"
+    return f"nothing is known of {worker.name}'s cache: {why}"
+
+
+def _because(cause: str, text: str) -> dict[str, Any]:
+    return {"cause": cause, "why": text}
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
