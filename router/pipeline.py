@@ -39,7 +39,7 @@ from router.pool_prompts import PoolPrompts, Tokenized
 from router.queue import NOBODY
 from router.retries import RetryBudget, backoff
 from router.splice import Kind, can_carry_ids, ids_of, splice
-from router.surface import HOT, NO_PROMPT, UNSCORED, Surface, target_of
+from router.surface import HOT, Surface, target_of, unscored_prompt
 from router.workers import Flight, Pool, Registry, Worker, least_bad
 
 PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -163,8 +163,8 @@ class Pipeline:
             ApiError: the model is unknown, the prompt is too long or malformed.
         """
         pool = self._pool(request)
-        if request.kind in UNSCORED:
-            return Plan(request, pool, NO_PROMPT, 0)
+        if request.kind not in HOT and (unscored := unscored_prompt(request.kind, pool)) is not None:
+            return Plan(request, pool, unscored, 0)
         prompts = self._prompts.get(pool.base) or PoolPrompts(pool.base)
         tokenized = await prompts.tokenize(request.kind, request.body, self._worth_asking(pool))
         self._metrics.tokenized.labels(pool.model, tokenized.by).inc(len(tokenized.prompts) or 1)

@@ -13,12 +13,12 @@ from router.parse import Request, parse_other, parse_request
 from router.pool_prompts import Tokenized
 from router.splice import Kind
 from router.stored import StoredResponses
-from router.workers import Worker
+from router.workers import Pool, Worker
 
 HOT: frozenset[Kind] = frozenset({"chat", "completions"})
 UNSCORED: frozenset[Kind] = frozenset({"stored", "load"})
 NO_PROMPT = Tokenized((), "nobody", "routed by load: no prompt that caches serve")
-DP_RANK = b"x-data-parallel-rank"
+NO_RANK = Tokenized((), "nobody", "the engine itself picks the data-parallel rank of a Responses request")
 
 
 class Surface:
@@ -61,9 +61,18 @@ class Surface:
             self._accounting.counted(worker, decision, client.input_tokens)
 
 
-def target_of(client: Client, prefix: bytes = b"") -> bytes:
+def unscored_prompt(kind: Kind, pool: Pool) -> Tokenized | None:
+    """What stands for the prompt of a request whose hits mean nothing; None where it is to be tokenized."""
+    if kind in UNSCORED:
+        return NO_PROMPT
+    if kind == "responses" and any(worker.rank_header for worker in pool.workers):
+        return NO_RANK
+    return None
+
+
+def target_of(client: Client) -> bytes:
     """The path as it came, percent-encoded, with its query string."""
     scope = client.scope
     query = cast("bytes", scope.get("query_string") or b"")
     path = cast("bytes", scope.get("raw_path") or scope["path"].encode())
-    return prefix + path + (b"?" + query if query else b"")
+    return path + (b"?" + query if query else b"")

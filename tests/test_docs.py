@@ -7,6 +7,7 @@ import pytest
 
 from router.admission import Admission
 from router.config import Settings
+from router.endpoints import BY_LOAD, OWN, PROMPTS, REFUSED, REFUSED_BELOW
 from router.index import Index
 from router.metrics import Metrics
 from router.workers import Registry
@@ -16,6 +17,7 @@ from worker_connector.stats import FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+HTTP_API = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
@@ -36,6 +38,17 @@ def test_every_metric_of_the_gateway_is_described() -> None:
     names = {name for name in re.findall(r"^# HELP (\S+)", shown, re.MULTILINE) if not name.endswith("_created")}
     assert len(names) > 25
     assert not [name for name in sorted(names) if f"`{name}`" not in METRICS]
+
+
+@pytest.mark.parametrize("path", sorted({*PROMPTS, *BY_LOAD, *OWN}))
+def test_every_endpoint_has_its_heading(path: str) -> None:
+    assert f"### `{path}`\n" in HTTP_API
+
+
+@pytest.mark.parametrize("path", sorted({*REFUSED, *REFUSED_BELOW}))
+def test_every_path_that_is_never_passed_on_is_named_with_its_reason(path: str) -> None:
+    why = REFUSED.get(path) or REFUSED_BELOW[path]
+    assert f"| `{path}{'*' if path in REFUSED_BELOW else ''}` | {why} |\n" in HTTP_API
 
 
 def test_links_lead_somewhere() -> None:
