@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import logging
 import random
-import ssl
 from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
@@ -36,7 +35,7 @@ from router.reports import Sweeper, Watcher
 from router.siblings import Siblings
 from router.stored import StoredResponses
 from router.surface import Surface
-from router.tls import client_context
+from router.tls import worker_context
 from router.tracing import Tracer
 from router.turns import Turns
 from router.upstream import Timeouts, Upstream
@@ -167,18 +166,9 @@ class Gateway:
 
     def _upstream(self, spec: WorkerSpec) -> Upstream:
         key = spec.key.get_secret_value() or self.settings.worker_api_key.get_secret_value()
-        tls = self._worker_tls() if spec.url.startswith("https:") else None
+        # Files are read again for each worker that is added, so that they can be replaced.
+        tls = worker_context(self.settings) if spec.url.startswith("https:") else None
         return Upstream(spec.title, spec.url, self.timeouts(), key=key, tls=tls)
-
-    def _worker_tls(self) -> ssl.SSLContext:
-        """One context for all workers; read again for each worker that is added, so that files can be replaced."""
-        settings = self.settings
-        return client_context(
-            authorities=settings.worker_ca,
-            cert=settings.worker_cert,
-            key=settings.worker_cert_key,
-            verify=settings.worker_tls_verify,
-        )
 
     def timeouts(self) -> Timeouts:
         settings = self.settings

@@ -12,6 +12,7 @@ import typer
 
 from router.config import DEFAULT_REPORT_PORT, LOOPBACK, Settings, parse_address
 from router.errors import ConfigError
+from router.keys_cli import keys
 
 app = typer.Typer(
     name="warmroute",
@@ -147,11 +148,22 @@ def _raise_file_limit(settings: Settings) -> None:
 
 
 def _warn_if_open(settings: Settings) -> None:
-    if settings.host not in LOOPBACK and not settings.admin_token.get_secret_value():
-        logging.getLogger(__name__).warning(
+    if settings.host in LOOPBACK:
+        return
+    log = logging.getLogger(__name__)
+    if not settings.admin_token.get_secret_value():
+        log.warning(
             "listening on %s without an admin token: the admin endpoints are closed; set --admin-token to open them",
             settings.host,
         )
+    if not settings.api_keys_file and not settings.api_keys.get_secret_value() and not settings.tls_client_ca:
+        log.warning(
+            "listening on %s without API keys: whoever reaches this address can use the models; "
+            "set --api-keys-file ('warmroute keys add' makes one), or --tls-client-ca",
+            settings.host,
+        )
+    elif not settings.tls_cert:
+        log.warning("listening on %s without TLS: API keys travel in the clear; set --tls-cert", settings.host)
 
 
 def _option(name: str) -> inspect.Parameter:
@@ -184,6 +196,7 @@ def _add_serve() -> None:
 
 
 _add_serve()
+app.add_typer(keys)
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from router import logs
+from router.access import make_access
 from router.app import Application, create_app
 from router.config import Settings
 from router.discovery.dns import check_srv
@@ -16,6 +17,7 @@ from router.processes import Supervisor
 from router.reload import Sources
 from router.server import make_server
 from router.siblings import Siblings
+from router.tls import check_tls
 from router.tracing import check_installed
 
 _log = logging.getLogger(__name__)
@@ -23,10 +25,12 @@ _log = logging.getLogger(__name__)
 
 def check(settings: Settings) -> None:
     """Raises:
-    ConfigError: a setting asks for what is not installed.
+    ConfigError: a setting asks for what is not installed, or names a file that cannot be used.
     """
     check_srv(settings.discover)
     check_installed(settings.otlp_traces_endpoint)
+    make_access(settings.api_keys_file, settings.api_keys.get_secret_value())
+    check_tls(settings)
 
 
 def serve(settings: Settings, sources: Sources) -> int:

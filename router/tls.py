@@ -2,6 +2,7 @@
 
 import ssl
 
+from router.config import Settings
 from router.errors import ConfigError
 
 
@@ -39,6 +40,25 @@ def client_context(*, authorities: str = "", cert: str = "", key: str = "", veri
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def check_tls(settings: Settings) -> None:
+    """Raises:
+    ConfigError: a file that the settings name cannot be used.
+    """
+    if settings.tls_cert:
+        server_context(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    worker_context(settings)
+
+
+def worker_context(settings: Settings) -> ssl.SSLContext:
+    """For connections to workers, as the settings want them. Raises as ``client_context`` does."""
+    return client_context(
+        authorities=settings.worker_ca,
+        cert=settings.worker_cert,
+        key=settings.worker_cert_key,
+        verify=settings.worker_tls_verify,
+    )
 
 
 def _load_pair(context: ssl.SSLContext, cert: str, key: str, names: str) -> None:
