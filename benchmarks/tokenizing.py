@@ -43,7 +43,7 @@ Body = dict[str, Any]
 class Talk:
     """Endless text of ``words`` made-up words, the frequent ones short, in sentences and paragraphs."""
 
-    def __init__(self, seed: int, words: int = 4000) -> None:
+    def __init__(self, seed: int, words: int = 20_000) -> None:
         self._rng = random.Random(seed)
         letters = "etaoinshrdlucmfwypvbgkqjxz"
         weights = range(len(letters), 0, -1)

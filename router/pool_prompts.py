@@ -146,10 +146,9 @@ class PoolPrompts:
             return False
 
     async def _by_worker(self, kind: Kind, body: dict[str, Any], workers: Sequence[Worker], why: str) -> Tokenized:
+        if (given := _given_ids(kind, body)) is not None:
+            return Tokenized(_checked(given), "router")
         try:
-            given = _given_ids(kind, body)
-            if given is not None:
-                return Tokenized(_checked(given), "router")
             if not workers or kind not in _TOKENIZED_BY_WORKERS or _has_media(body):
                 return Tokenized((), "nobody", why)
             worker = min(workers, key=lambda w: w.weight)

@@ -6,17 +6,27 @@ bytes of its other members.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from router.conversation import plain_texts
 from router.errors import InvalidRequest
 from router.prompt_ids import PromptIds
 
 Kind = Literal["chat", "completions", "messages", "responses", "generate", "stored", "load"]
 """How a request is read. Prompts are of the first five kinds; ``stored`` asks for a response made before, ``load`` is
 everything routed by load alone."""
+# Members that neither the template nor a parser reads.
+_KEPT_FIELDS = frozenset(
+    """
+    cache_salt frequency_penalty ignore_eos logprobs max_completion_tokens max_tokens messages min_p min_tokens model n
+    presence_penalty priority repetition_penalty seed stop stream stream_options temperature top_k top_logprobs top_p user
+    """.split()  # noqa: SIM905 - a table of names
+)
+_EXACT = 2.0**53
+_KEPT_TYPES = frozenset({str, int, float, bool, type(None)})
 _MEMBERS = dict[str, msgspec.Raw]
 _OPENING = b'"kv_transfer_params":{"prompt_token_ids":'
 _PROMPT_KEY = re.compile(rb'"prompt"[ \t\r\n]*:[ \t\r\n]*')
@@ -55,6 +65,38 @@ def splice(body: bytes, encoded: Sequence[bytes], kind: Kind, *, given: bool) ->
     comma = b"" if body[last] == b"{"[0] else b","
     view = memoryview(body)
     return b"".join((view[:end], comma, _OPENING, *encoded, b"}", view[end:]))
+
+
+def without_messages(body: Mapping[str, Any], encoded: Sequence[bytes]) -> bytes | None:
+    """A chat body whose messages' text is left out, for a worker that takes the ids in its place.
+
+    None where the answer could depend on more than the ids. In vLLM (0.32, ``entrypoints/openai/chat_completion``) it
+    does on: tool calls in the history (numbering of calls), the last message's role where no generation prompt is added,
+    parts of a content list (media and their adapters), ``echo``, and on whether messages are valid at all. None of it
+    differs between chats of plain texts in well-known roles without such fields; only those lose their messages, and
+    only with members whose values survive being written again.
+    """
+    if not body.keys() <= _KEPT_FIELDS or plain_texts(body.get("messages")) is None:
+        return None
+    if not all(_survives(value) for value in _values(body)):
+        return None
+    short = msgspec.json.encode({**body, "messages": [{"role": "user", "content": ""}]})
+    return b"".join((short[:-1], b",", _OPENING, *encoded, b"}}"))
+
+
+def _survives(value: Any) -> bool:
+    # Whole numbers beyond 64 bits are read as floats here, and as what they are by the worker.
+    return type(value) in _KEPT_TYPES and not (type(value) is float and abs(value) >= _EXACT)
+
+
+def _values(body: Mapping[str, Any]) -> Iterator[Any]:
+    for key, value in body.items():
+        if key == "stop" and isinstance(value, list):
+            yield from value
+        elif key == "stream_options" and isinstance(value, dict):
+            yield from value.values()
+        elif key != "messages":
+            yield value
 
 
 def ids_of(prompts: Sequence[PromptIds], *, several: bool) -> list[bytes]:
