@@ -259,6 +259,8 @@ class SimulatedWorker:
         hangup = asyncio.create_task(reader.read(1))
         try:
             await asyncio.wait((answer, hangup), return_when=asyncio.FIRST_COMPLETED)
+            if _is_next_request(hangup):
+                await asyncio.wait((answer,))
             if answer.done() and (answer.exception() is None or self.die_after is not None):
                 return await answer
             self.aborted += 1
@@ -267,6 +269,8 @@ class SimulatedWorker:
             answer.cancel()
             hangup.cancel()
             await asyncio.gather(answer, hangup, return_exceptions=True)
+            if _is_next_request(hangup):
+                reader._buffer[:0] = hangup.result()  # type: ignore[attr-defined] # it was only looked at
 
     def _control(self, path: str, body: bytes) -> tuple[int, Any]:
         cards = [{"id": self.model, "object": "model", "max_model_len": self.max_model_len, "root": ""}]
@@ -363,6 +367,10 @@ class SimulatedWorker:
         lines += [f"{name}: {value}" for name, value in self.extra_headers]
         lines.append("transfer-encoding: chunked" if length is None else f"content-length: {length}")
         writer.write("\r\n".join([*lines, "", ""]).encode())
+
+
+def _is_next_request(hangup: "asyncio.Task[bytes]") -> bool:
+    return hangup.done() and not hangup.cancelled() and hangup.exception() is None and bool(hangup.result())
 
 
 def prompt_tokens(body: dict[str, Any]) -> list[int]:
