@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Se
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kv_protocol.hashing import Media, chunk_hashes, token_bytes
+from kv_protocol.hashing import Media, chunk_hash, chunk_hashes, token_bytes
 
 BlockHash = Hashable
 Root = Callable[[str, str], bytes]
@@ -100,6 +100,12 @@ class BlockChunks:
         data = self._token_bytes(tokens, len(hashes), block_size)
         width = block_size * 4
         appeared: list[bytes] = []
+        if data is not None and not media and not any(extra_keys or ()):
+            root = self._root(lora, "") if parent is None else b""
+            for index, block_hash in enumerate(hashes):
+                self._store(block_hash, parent, _Content(data[index * width : (index + 1) * width], (), root), appeared)
+                parent, root = block_hash, b""
+            return appeared
         for index, block_hash in enumerate(hashes):
             content = None
             if data is not None:
@@ -166,6 +172,12 @@ class BlockChunks:
             if parent is not None:
                 self.orphans += parent not in self._blocks
                 self._children.setdefault(parent, set()).add(block_hash)
+            if block_hash not in self._children:
+                if (placed := self._place(block)) is not None:
+                    block.base, block.place, block.is_end = placed
+                    if block.is_end:
+                        self._finish(block, appeared)
+                return
         else:
             block.copies += 1
             # A copy whose content is known makes up for one whose content was not.
@@ -261,7 +273,9 @@ class BlockChunks:
         return None
 
     def _hash(self, base: bytes, run: list[_Content]) -> bytes:
-        data = b"".join(content.tokens for content in run)
+        data = b"".join([content.tokens for content in run])
+        if not any(content.media for content in run):
+            return chunk_hash(base, data)
         width = len(run[0].tokens) // 4
         media = {
             Media(item.hash, item.offset + place * width, item.length)

@@ -24,7 +24,7 @@ from vllm.platforms import current_platform
 from worker_connector.config import ConnectorConfig
 from worker_connector.metrics import WarmroutePromMetrics, WarmrouteStats
 from worker_connector.movers import Copier
-from worker_connector.plan import StepPlan, WorkerReport
+from worker_connector.plan import PLAIN, StepPlan, WorkerReport
 from worker_connector.scheduler_half import SchedulerHalf
 from worker_connector.worker_half import WorkerHalf
 
@@ -39,6 +39,9 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """Scheduler half to workers, once per step."""
 
     plan: StepPlan = field(default_factory=StepPlan)
+
+
+_PLAIN = StepMetadata(PLAIN)
 
 
 @dataclass
@@ -130,7 +133,8 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         assert self._scheduler is not None
-        return StepMetadata(self._scheduler.plan_step(scheduler_output))
+        plan = self._scheduler.plan_step(scheduler_output)
+        return _PLAIN if plan is PLAIN else StepMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None
@@ -181,6 +185,10 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if (plan := self._plan()) is not None and self._worker is not None:
             self._worker.load(plan)
 
+    def has_connector_metadata(self) -> bool:
+        """No, as far as vLLM's attention layers go, which ask it: that spares each layer of each step two calls."""
+        return False
+
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are whole before a request runs."""
 
@@ -195,13 +203,17 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         del finished_req_ids
         assert self._worker is not None
         results = self._worker.take_results()
+        if results is None:
+            return None, None
         self._failed_blocks |= results.failed_blocks
-        return None, results.finished or None
+        return None, results.finished
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         del finished_req_ids
         assert self._worker is not None
         results = self._worker.take_results()
+        if results is None:
+            return _TransferResults()
         return _TransferResults(finished_recving=results.finished, failed_recving=results.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:

@@ -73,8 +73,10 @@ class GpuTier:
         return {chunk for chunk in first.chunks if self._is_in(chunk, others)} if first else set()
 
     def drain(self, ledger: GpuLedger) -> bool:
-        """Tell the ledger what changed since the last call, in order; returns whether anything did. A few hundred
+        """Tell the ledger what changed since the last call, in order; returns whether anything did. About a hundred
         nanoseconds when nothing did."""
+        if not self._groups or not (self._pool.kv_event_queue or self._pending):
+            return False
         self._pull()
         if not self._pending:
             return False

@@ -229,6 +229,11 @@ class Ledger:
         """Whether the engine's prefix cache has the whole chunk. O(1)."""
         return chunk in self._gpu
 
+    @property
+    def has_changes(self) -> bool:
+        """Whether ``take_changes`` has something to hand over."""
+        return bool(self._changes)
+
     def take_changes(self) -> list[Change]:
         """Every visible change since the last call, in order."""
         with self.lock:

@@ -19,6 +19,7 @@ from ctypes import memmove
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from worker_connector.plan import MAX_SAMPLES, LoadJob, Sample, SaveJob, Span, WorkerReport
@@ -42,6 +43,7 @@ class Copier:
         self._layout = layout
         self._on_host = cache.device.type == "cpu"
         self._cache_start, self._slab_start = cache.data_ptr(), slab.data_ptr()
+        self._pages = [_host_pages(cache, slab, layout, group) for group in range(len(layout.regions))]
 
     def nbytes(self, spans: Iterable[Span]) -> int:
         """Bytes that copying ``spans`` moves."""
@@ -58,6 +60,11 @@ class Copier:
 
     def to_slab(self, span: Span) -> None:
         """Copy a span's blocks into its slot."""
+        if pages := self._pages[span.group]:
+            blocks, end = np.array(span.blocks), span.at + len(span.blocks)
+            for in_cache, in_slab in pages:
+                np.take(in_cache, blocks, out=in_slab[span.slot, span.at : end], mode="clip")
+            return
         for in_cache, in_slab, count in self._pieces(span):
             if self._on_host:
                 memmove(self._slab_start + in_slab, self._cache_start + in_cache, count)
@@ -78,6 +85,26 @@ class Copier:
                     continue
                 for at in range(count):
                     yield in_cache + at * region.block_stride, in_slab + at * region.nbytes, region.nbytes
+
+
+def _host_pages(cache: torch.Tensor, slab: torch.Tensor, layout: SlotLayout, group: int) -> list[tuple[Any, Any]]:
+    """Per region, its blocks in the cache as an array of opaque items, and the slab's as one of slots by blocks: so a
+    span is one call per region, however its blocks are scattered. Empty where the arrays cannot be made: not in host
+    memory, blocks apart, or no slot."""
+    regions = layout.regions[group]
+    if cache.device.type != "cpu" or any(region.block_stride != region.nbytes for region in regions):
+        return []
+    if slab.numel() < layout.slot_bytes:
+        return []
+    held, slots = cache.numpy(), slab.numel() // layout.slot_bytes
+    pages: list[tuple[Any, Any]] = []
+    for region, start in zip(regions, layout.starts[group], strict=True):
+        item, per_chunk = f"V{region.nbytes}", layout.blocks_per_chunk[group]
+        blocks = (held.size - region.offset) // region.nbytes
+        in_cache = np.ndarray(blocks, item, held, region.offset)
+        in_slab = np.ndarray((slots, per_chunk), item, slab.numpy(), start, (layout.slot_bytes, region.nbytes))
+        pages.append((in_cache, in_slab))
+    return pages
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -185,6 +212,16 @@ class Transfers:
         if self._loading:
             with self._changed:
                 self._changed.wait_for(lambda: not self._loading, timeout)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether ``take`` has something to hand over. Takes no lock: what ends just now is told in the next step."""
+        return bool(self._finished)
+
+    @property
+    def has_report(self) -> bool:
+        """The same of ``take_report``."""
+        return bool(self._report)
 
     def take(self) -> tuple[set[str], set[str]]:
         """Request ids whose loads ended since the last call, and those of them that failed."""

@@ -54,6 +54,10 @@ class StepPlan:
     step: int = 0
 
 
+PLAIN = StepPlan()
+"""The plan of a step in which there is nothing to do. Nobody may change it."""
+
+
 @dataclass(slots=True)
 class Sample:
     """One transfer on one rank: bytes copied, and seconds from its start to its end."""

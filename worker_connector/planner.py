@@ -28,29 +28,23 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from math import lcm
+from dataclasses import dataclass
 from typing import Any
 
 from kv_protocol.digests import SetDigest
 from kv_protocol.messages import Admitted, Heartbeat, Message
-from worker_connector.block_tables import NULL_BLOCK, Tables, blocks_from, is_fuller, missing_blocks, present_runs
+from worker_connector.block_tables import NULL_BLOCK, Tables, blocks_from, present_runs
 from worker_connector.config import ConnectorConfig
 from worker_connector.estimate import Estimator
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot
-from worker_connector.plan import LoadJob, SaveJob, Span, StepPlan, WorkerReport
+from worker_connector.plan import PLAIN, LoadJob, Span, StepPlan, WorkerReport
 from worker_connector.request_state import Adapter, RequestState, external_id
+from worker_connector.saves import TAIL_CHUNKS, Saves
 from worker_connector.stats import Stats
 
 LOAD_SECONDS = 10.0
 """A load that takes longer is given up and its tokens are computed."""
-
-OVERDUE_SECONDS = 60.0
-"""An unacknowledged save keeps an idle engine stepping for no longer than this."""
-
-TAIL_CHUNKS = 4
-"""A tail takes a whole slot, so it is kept only behind so many whole chunks."""
 
 _log = logging.getLogger("vllm.warmroute.planner")
 
@@ -62,19 +56,6 @@ class _Load:
     nbytes: int
     tokens: int
     began: float
-    failed: bool = False
-
-
-@dataclass(slots=True)
-class _Save:
-    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews."""
-
-    job: SaveJob
-    slots: list[Slot] = field(default_factory=list)
-    heads: list[list[bytes]] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    began: float = 0.0
-    ranks: int = 0
     failed: bool = False
 
 
@@ -107,21 +88,28 @@ class Planner:
         self._config = config
         self._size = config.chunk_size
         self._groups = tuple(groups)
-        self._unit = lcm(*(group.block_size for group in groups)) if groups else config.chunk_size
         self._partial_groups = tuple(group for group in groups if not group.reads_everything)
         self._model = model
         self._ranks = ranks
         self._chunk_bytes = chunk_bytes
         self._may_load = may_load and config.enable_prefix_cache
-        self._may_save = may_save and config.enable_prefix_cache
         self._clock = clock
         self._requests: dict[str, RequestState] = {}
         self._adapters: dict[str, Adapter] = {}
         self._loads: dict[str, _Load] = {}
         self._loading: dict[bytes, str] = {}
         self._bytes_loading = 0
-        self._saves: dict[int, _Save] = {}
-        self._readers_of: dict[int, int] = {}
+        self._saves = Saves(
+            ledger,
+            groups,
+            self._requests,
+            chunk_size=config.chunk_size,
+            ranks=ranks,
+            allowed=may_save and config.enable_prefix_cache,
+            stats=self.stats,
+            clock=clock,
+        )
+        self._unit = self._saves.unit
         self._next_loads: list[LoadJob] = []
         self._taken_blocks: list[int] = []
         self._admitted: list[Message] = []
@@ -171,6 +159,11 @@ class Planner:
 
     def plan_step(self, output: Any) -> StepPlan:
         """The plan of the step that a ``SchedulerOutput`` describes. O(requests in it)."""
+        due = self._saves.due(output)
+        if not due and self._is_plain(output):
+            self._step += 1
+            self.publish_changes()
+            return PLAIN
         with self.lock:
             self._step += 1
             plan = StepPlan(loads=self._next_loads, idle=not output.total_num_scheduled_tokens)
@@ -178,15 +171,33 @@ class Planner:
             taken, self._taken_blocks = self._taken_blocks, []
             self._meet_scheduled(output, taken)
             self._meet_preempted(output)
-            self._distrust_saves(output)
-            plan.settle = self._saves_reading(taken)
-            plan.save = self._plan_save(output)
+            self._saves.distrust(output)
+            plan.settle = self._saves.reading(taken)
+            plan.save = self._saves.plan(self._step, output, due)
             plan.step = self._time_step(output)
             self.publish_changes()
             return plan
 
+    def _is_plain(self, output: Any) -> bool:
+        """Whether a step only decodes, within blocks and chunks that its requests have. Most steps do, so this comes
+        before everything else, and without the lock: nothing that it looks at changes on other threads."""
+        cached = output.scheduled_cached_reqs
+        return not (
+            output.total_num_scheduled_tokens != len(output.num_scheduled_tokens)
+            or output.scheduled_new_reqs
+            or self._next_loads
+            or self._taken_blocks
+            or self._saves
+            or not output.total_num_scheduled_tokens
+            or output.preempted_req_ids
+            or any(cached.new_block_ids)
+        )
+
     def absorb(self, report: WorkerReport | None, finished: Iterable[str]) -> None:
         """What the workers did, and the requests whose loads every rank has ended. Before the next ``match``."""
+        if report is None and not finished:
+            self.publish_changes()
+            return
         with self.lock:
             if report is not None:
                 self._absorb(report)
@@ -196,8 +207,7 @@ class Planner:
 
     def has_unfinished_transfers(self) -> bool:
         """Whether an engine without requests must keep stepping so that saves are acknowledged."""
-        horizon = self._clock() - OVERDUE_SECONDS
-        return any(save.began > horizon for save in self._saves.values()) or bool(self._loads)
+        return self._saves.is_expected() or bool(self._loads)
 
     def clear(self) -> None:
         """Empty the tiers behind the GPU."""
@@ -209,6 +219,8 @@ class Planner:
 
     def publish_changes(self) -> None:
         """Tell readers what changed since the last call."""
+        if not self.ledger.has_changes and not self._admitted and self.ledger.evictions == self._evictions_seen:
+            return
         with self.lock:
             messages: list[Message] = [*self.ledger.take_changes(), *self._admitted]
             self._admitted.clear()
@@ -252,7 +264,7 @@ class Planner:
             assert all(slot.pins >= pinned.count(slot) for slot in pinned), "a loading slot is not pinned"
             for chunk, request_id in self._loading.items():
                 assert chunk in self._loads[request_id].chunks, "a chunk is marked loading without a load"
-            assert all(job in self._saves for job in self._readers_of.values()), "a block waits for no save"
+            self._saves.check()
             assert self._bytes_loading == sum(load.nbytes for load in self._loads.values()), "bytes under way are wrong"
 
     # ---- hits ---------------------------------------------------------------------------------------------------
@@ -409,105 +421,6 @@ class Planner:
             if slot.index in bad_slots and not slot.forgotten:
                 self.ledger.forget(slot.chunk)
 
-    # ---- saves --------------------------------------------------------------------------------------------------
-
-    def _plan_save(self, output: Any) -> SaveJob | None:
-        if not self._may_save or not self.ledger.capacity:
-            return None
-        save = _Save(SaveJob(self._step, []), began=self._clock())
-        for request_id, scheduled in output.num_scheduled_tokens.items():
-            state = self._requests.get(request_id)
-            if state is not None and state.eligible:
-                self._save_request(state, scheduled, output.kv_connector_block_state, save)
-        if not save.slots:
-            return None
-        self._saves[self._step] = save
-        self._readers_of.update(dict.fromkeys(save.blocks, self._step))
-        return save.job
-
-    def _save_request(self, state: RequestState, scheduled: int, blocks: Any, save: _Save) -> None:
-        computed, known = state.request.num_computed_tokens, state.request.num_tokens
-        # Computed tokens fall behind the cursor after a failed load, a preemption or a rejected draft.
-        first = min(state.saved, computed // self._size)
-        end = min(computed + scheduled, known) // self._size
-        ends_prompt = computed < state.request.num_prompt_tokens <= computed + scheduled
-        if end <= first and not ends_prompt:
-            return
-        state.saved = max(first, end)
-        chunks = state.extend()
-        wanted = [at for at in range(first, min(end, len(chunks))) if self._lacks(chunks[at])]
-        tail = self._new_tail(state) if ends_prompt else b""
-        tables = blocks.get_block_ids(state.request.request_id) if (wanted or tail) and blocks is not None else None
-        if tables is None:
-            return
-        own = frozenset(chunks)
-        saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own)]
-        if saved and saved[0] >= TAIL_CHUNKS:
-            # The first chunk behind what was there may make a tail superfluous.
-            for superfluous in state.tails(saved[0], self._unit):
-                self.ledger.forget(superfluous)
-        if tail and self._save_chunk(save, len(chunks), tail, tables, own, tail_tokens=self._tail_tokens(state)):
-            saved.append(len(chunks))
-        if saved:
-            save.heads.append(chunks[: saved[0]])
-
-    def _tail_tokens(self, state: RequestState) -> int:
-        left: int = state.request.num_prompt_tokens % self._size
-        return left // self._unit * self._unit
-
-    def _new_tail(self, state: RequestState) -> bytes:
-        """The name of the prompt's tail if it is worth a slot and has none."""
-        units, whole = self._tail_tokens(state) // self._unit, state.request.num_prompt_tokens // self._size
-        if not units or not TAIL_CHUNKS <= whole == len(state.chunks):
-            return b""
-        tail = state.name_tail(whole, units * self._unit)
-        return b"" if self.ledger.holds(tail) else tail
-
-    def _lacks(self, chunk: bytes) -> bool:
-        """Whether a chunk is not in the cpu tier, or is there without some of its blocks."""
-        slot = self.ledger.lookup(chunk)
-        return any(slot.missing) if slot is not None else not self.ledger.holds(chunk)
-
-    def _save_chunk(
-        self, save: _Save, at: int, chunk: bytes, tables: Tables, own: frozenset[bytes], *, tail_tokens: int = 0
-    ) -> bool:
-        parts = []
-        for group in self._groups:
-            base = at * group.blocks_per_chunk
-            count = tail_tokens // group.block_size if tail_tokens else group.blocks_per_chunk
-            blocks = list(tables[group.index][base : base + count])
-            missing = missing_blocks(blocks)
-            if len(blocks) < count or (missing and group.reads_everything):
-                return False
-            parts.append((group.index, missing, blocks[missing:]))
-        lacking = tuple(missing for _, missing, _ in parts)
-        if (held := self.ledger.lookup(chunk)) is not None:
-            if not is_fuller(lacking, held.missing):
-                return False
-            self.ledger.forget(chunk)
-        slot = self.ledger.reserve(chunk, lacking, own, hidden=bool(tail_tokens))
-        if slot is None:
-            return False
-        save.slots.append(slot)
-        for group_index, missing, blocks in parts:
-            if blocks:
-                save.blocks += blocks
-                save.job.spans.append(Span(slot.index, group_index, missing, blocks))
-        return True
-
-    def _end_save(self, job: int) -> None:
-        save = self._saves.pop(job)
-        for block in save.blocks:
-            if self._readers_of.get(block) == job:
-                del self._readers_of[block]
-        for slot in reversed(save.slots):
-            if save.failed:
-                self.ledger.abandon(slot)
-            else:
-                self.ledger.commit(slot)
-        for head in save.heads:
-            self.ledger.touch(reversed(head))
-
     # ---- steps, inside ------------------------------------------------------------------------------------------
 
     def _meet_scheduled(self, output: Any, taken: list[int]) -> None:
@@ -517,6 +430,8 @@ class Planner:
             if (state := self._requests.get(entry.req_id)) is not None:
                 self._start(state, entry.num_computed_tokens)
         cached = output.scheduled_cached_reqs
+        if not any(cached.new_block_ids):
+            return
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if blocks:
                 taken += [block for table in blocks for block in table]
@@ -546,19 +461,10 @@ class Planner:
         if computed >= self._size:
             self.ledger.touch(reversed(state.extend()[: computed // self._size]))
 
-    def _saves_reading(self, taken: list[int]) -> list[int]:
-        if not self._readers_of:
-            return []
-        return sorted({self._readers_of[block] for block in taken if block in self._readers_of})
-
-    def _distrust_saves(self, output: Any) -> None:
-        written = {target for _, target in getattr(output, "kv_cache_block_copies", None) or ()}
-        written.update(getattr(output, "new_block_ids_to_zero", None) or ())
-        for save in self._saves.values() if written else ():
-            save.failed |= not written.isdisjoint(save.blocks)
-
     def _time_step(self, output: Any) -> int:
         """A number to time this step by; 0 for one that computes few prompt tokens."""
+        if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):
+            return 0
         tokens = 0
         for request_id, scheduled in output.num_scheduled_tokens.items():
             if scheduled > 1 and (state := self._requests.get(request_id)) is not None:
@@ -572,7 +478,7 @@ class Planner:
     def _absorb(self, report: WorkerReport) -> None:
         now = self._clock()
         for job, ranks in report.saved.items():
-            self._acknowledge(job, ranks, failed=job in report.failed_saves)
+            self._saves.acknowledge(job, ranks, failed=job in report.failed_saves)
         for request_id, slots in report.failed_loads.items():
             self._fail_load(request_id, slots)
         for sample in report.loads:
@@ -587,14 +493,3 @@ class Planner:
                 self.estimator.observe_prefill(tokens, now - max(began, self._last_end))
         if report.step:
             self._last_end = now
-
-    def _acknowledge(self, job: int, ranks: int, *, failed: bool) -> None:
-        save = self._saves.get(job)
-        if save is None:
-            _log.error("The save of an unknown batch %d ended", job)
-            return
-        save.ranks += ranks
-        save.failed |= failed
-        if save.ranks >= self._ranks:
-            self.stats.saved(CPU, 0 if save.failed else len(save.slots), 0, 0.0)
-            self._end_save(job)

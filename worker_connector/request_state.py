@@ -18,7 +18,8 @@ class RequestState:
 
     ``local`` and ``offered`` are the answer to the engine's last query: the tokens it has itself, and the tokens the
     connector offered beyond them; ``skipped`` are chunks it held back because computing them is predicted to be faster.
-    ``saved`` is the first chunk that has not been considered for saving. ``barred``: a load of this request failed. ``wanted`` names the
+    ``saved`` is the first chunk that has not been considered for saving; a step that starts behind the tokens ``seen``
+    computed, or reaches token ``boundary``, may have something to save. ``barred``: a load of this request failed. ``wanted`` names the
     chunks of the offer, the last of which may be a tail.
     """
 
@@ -27,6 +28,7 @@ class RequestState:
         "_tails",
         "adapter",
         "barred",
+        "boundary",
         "chunk_size",
         "chunks",
         "eligible",
@@ -38,6 +40,7 @@ class RequestState:
         "root",
         "running",
         "saved",
+        "seen",
         "skipped",
         "started",
         "waiting_since",
@@ -56,6 +59,8 @@ class RequestState:
         self.offered = 0
         self.loaded = 0
         self.saved = 0
+        self.seen = 0
+        self.boundary = 0
         self.skipped = 0
         self.barred = False
         self.started = False
@@ -88,6 +93,7 @@ class RequestState:
         self._prompt_tokens = self.request.num_prompt_tokens
         self.media = media_of(self.request) if self.eligible else ()
         self.chunks, self._tails = [], (-1, [])
+        self.boundary = 0
 
     def tails(self, at: int, unit: int) -> list[bytes]:
         """Names of the beginnings of chunk ``at``, of one ``unit`` of known tokens and more, shorter than the chunk.

@@ -1,6 +1,7 @@
 """The half of the connector that runs beside the scheduler: ledger, planner, GPU tier and report server, wired up."""
 
 import logging
+import time
 import uuid
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,9 @@ from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.report_server import ReportServer, Timing
 from worker_connector.stats import Counts, Stats
+
+GAUGE_SECONDS = 0.5
+"""Gauges are looked at this often while no counter moves."""
 
 _log = logging.getLogger("vllm.warmroute.scheduler")
 
@@ -44,6 +48,7 @@ class SchedulerHalf:
         self._gpu: GpuTier | None = None
         self._server: ReportServer | None = None
         self._manager: Any = None
+        self._gauges_due = 0.0
         self.planner = Planner(
             config,
             self.ledger,
@@ -84,12 +89,15 @@ class SchedulerHalf:
 
     def drain_and_publish(self) -> None:
         """Tell readers of the GPU tier's changes now, whether or not a step follows."""
-        with self.ledger.lock:
-            self._drain()
-            self.planner.publish_changes()
+        self._drain()
+        self.planner.publish_changes()
 
     def take_stats(self) -> Counts:
-        """Figures since the last call."""
+        """Figures since the last call; none of the gauges in steps in which nothing was counted, for a while."""
+        now = time.monotonic()
+        if not self.stats.has_news and now < self._gauges_due:
+            return {}
+        self._gauges_due = now + GAUGE_SECONDS
         if self._server is not None:
             self.stats.set("report_readers", self._server.readers)
             self.stats.bring("dropped_readers", self._server.dropped_readers)

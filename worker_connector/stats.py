@@ -113,6 +113,11 @@ class Stats:
         if total > known:
             self.add(name, total - known)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether anything was counted or set since ``take`` was called last."""
+        return bool(self._since)
+
     def take(self) -> Counts:
         """What was counted and set since the last call."""
         since, self._since = self._since, {}

@@ -66,7 +66,7 @@ class WorkerHalf:
     def settle(self, plan: StepPlan) -> None:
         """Before anything writes to reallocated blocks: finish the saves that read them."""
         due, self._due = self._due, plan.save
-        if self._transfers is None:
+        if self._transfers is None or (due is None and not plan.settle):
             return
         if due is not None:
             # With draft models, pipeline ranks before the last are never told that the step's forward is done.
@@ -76,7 +76,7 @@ class WorkerHalf:
 
     def load(self, plan: StepPlan) -> None:
         """Begin the step's loads; in a step without a forward, wait for them for a moment."""
-        if self._transfers is None:
+        if self._transfers is None or not (plan.loads or plan.idle):
             return
         for job in plan.loads:
             self._targets[job.request_id] = job.blocks
@@ -91,19 +91,23 @@ class WorkerHalf:
         if self._transfers is not None and plan.save is not None:
             self._transfers.save(plan.save)
 
-    def take_results(self) -> LoadResults:
-        """What became of loads since the last call. Each load is named once."""
-        if self._transfers is None:
-            return LoadResults()
+    def take_results(self) -> LoadResults | None:
+        """What became of loads since the last call, None where none ended. Each load is named once."""
+        if self._transfers is None or not self._transfers.has_results:
+            return None
         finished, failed = self._transfers.take()
         blocks = {request_id: self._targets.pop(request_id, ()) for request_id in finished}
         return LoadResults(finished, failed, {block for request_id in failed for block in blocks[request_id]})
 
     def take_report(self) -> WorkerReport | None:
         """What the scheduler half must know; None when there is nothing."""
-        report = self._transfers.take_report() if self._transfers is not None else WorkerReport()
-        report.step, self._timed_step = self._timed_step, 0
-        return report or None
+        transfers, step = self._transfers, self._timed_step
+        told = transfers is not None and transfers.has_report
+        if not step and not told:
+            return None
+        report = transfers.take_report() if transfers is not None and told else WorkerReport()
+        report.step, self._timed_step = step, 0
+        return report
 
     def close(self) -> None:
         """End the threads and give the slab back. Safe to call more than once."""

@@ -11,8 +11,10 @@ from kv_protocol.messages import Admitted, Removed, Stored, unpack
 from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, prompt
 from worker_connector.ledger import CPU
 from worker_connector.plan import WorkerReport
-from worker_connector.planner import LOAD_SECONDS, OVERDUE_SECONDS, TAIL_CHUNKS
+from worker_connector.plan import PLAIN, StepPlan
+from worker_connector.planner import LOAD_SECONDS
 from worker_connector.request_state import external_id
+from worker_connector.saves import OVERDUE_SECONDS, TAIL_CHUNKS
 
 
 def hashes(tokens: list[int], **root: str) -> list[bytes]:
@@ -807,3 +809,13 @@ def test_random_use_never_reads_a_wrong_token_and_always_ends(seed: int, windows
     engine.run(3000)
     assert not engine.owners
     engine.planner.check()
+
+
+def test_decoding_within_a_block_needs_no_plan_and_loses_no_chunk() -> None:
+    engine, tokens = Engine(), prompt(9, CHUNK + 1)
+    request = engine.serve("a", tokens, max_tokens=2 * CHUNK)
+    plain = [plan is PLAIN for plan in engine.plans]
+    assert sum(plain) > len(plain) // 2
+    assert not plain[0]
+    assert engine.ledger.content()[CPU] == hashes([*tokens, *request.outputs][: 3 * CHUNK])
+    assert StepPlan() == PLAIN

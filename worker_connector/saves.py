@@ -1,0 +1,219 @@
+"""The saves of the scheduler half: which chunks a step fills, where they go, and who still reads which blocks.
+
+The rules are those of ``worker_connector.planner``, which asks here in every step and holds the lock meanwhile.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import lcm
+from typing import Any
+
+from worker_connector.block_tables import Tables, is_fuller, missing_blocks
+from worker_connector.geometry import Group
+from worker_connector.ledger import CPU, Ledger, Slot
+from worker_connector.plan import SaveJob, Span
+from worker_connector.request_state import RequestState
+from worker_connector.stats import Stats
+
+OVERDUE_SECONDS = 60.0
+"""An unacknowledged save keeps an idle engine stepping for no longer than this."""
+
+TAIL_CHUNKS = 4
+"""A tail takes a whole slot, so it is kept only behind so many whole chunks."""
+
+_log = logging.getLogger("vllm.warmroute.planner")
+
+
+@dataclass(slots=True)
+class _Save:
+    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews."""
+
+    job: SaveJob
+    slots: list[Slot] = field(default_factory=list)
+    heads: list[list[bytes]] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    began: float = 0.0
+    ranks: int = 0
+    failed: bool = False
+
+
+class Saves:
+    """Saves under way, and the planning of more. ``requests`` are the planner's, by id."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        groups: Sequence[Group],
+        requests: Mapping[str, RequestState],
+        *,
+        chunk_size: int,
+        ranks: int,
+        allowed: bool,
+        stats: Stats,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.unit = lcm(*(group.block_size for group in groups)) if groups else chunk_size
+        self._ledger = ledger
+        self._groups = tuple(groups)
+        self._requests = requests
+        self._size = chunk_size
+        self._ranks = ranks
+        self._allowed = allowed
+        self._stats = stats
+        self._clock = clock
+        self._saves: dict[int, _Save] = {}
+        self._readers_of: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        """Whether a save is under way."""
+        return bool(self._saves)
+
+    def is_expected(self) -> bool:
+        """Whether a save is under way that is not overdue."""
+        horizon = self._clock() - OVERDUE_SECONDS
+        return any(save.began > horizon for save in self._saves.values())
+
+    def plan(self, step: int, output: Any, due: list[tuple[RequestState, int]]) -> SaveJob | None:
+        if not due:
+            return None
+        save = _Save(SaveJob(step, []), began=self._clock())
+        for state, scheduled in due:
+            self._save_request(state, scheduled, output.kv_connector_block_state, save)
+        if not save.slots:
+            return None
+        self._saves[step] = save
+        self._readers_of.update(dict.fromkeys(save.blocks, step))
+        return save.job
+
+    def due(self, output: Any) -> list[tuple[RequestState, int]]:
+        """Requests that may fill a chunk in this step, with their scheduled tokens. This is all that a step of pure
+        decoding costs, so it costs little per request."""
+        due: list[tuple[RequestState, int]] = []
+        if not self._allowed or not self._ledger.capacity:
+            return due
+        requests = self._requests
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            state = requests.get(request_id)
+            if state is None or not state.eligible:
+                continue
+            computed = state.request.num_computed_tokens
+            end = computed + scheduled
+            if computed < state.seen or end >= state.boundary:
+                due.append((state, scheduled))
+            state.seen = end if scheduled == 1 else min(end, state.request.num_tokens)
+        return due
+
+    def _save_request(self, state: RequestState, scheduled: int, blocks: Any, save: _Save) -> None:
+        computed, known = state.request.num_computed_tokens, state.request.num_tokens
+        # Computed tokens fall behind the cursor after a failed load, a preemption or a rejected draft.
+        first = min(state.saved, computed // self._size)
+        end = min(computed + scheduled, known) // self._size
+        prompt = state.request.num_prompt_tokens
+        ends_prompt = computed < prompt <= computed + scheduled
+        state.boundary = (max(first, end) + 1) * self._size
+        if computed + scheduled < prompt < state.boundary:
+            state.boundary = prompt
+        if end <= first and not ends_prompt:
+            return
+        state.saved = max(first, end)
+        chunks = state.extend()
+        wanted = [at for at in range(first, min(end, len(chunks))) if self._lacks(chunks[at])]
+        tail = self._new_tail(state) if ends_prompt else b""
+        tables = blocks.get_block_ids(state.request.request_id) if (wanted or tail) and blocks is not None else None
+        if tables is None:
+            return
+        own = frozenset(chunks)
+        saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own)]
+        if saved and saved[0] >= TAIL_CHUNKS:
+            # The first chunk behind what was there may make a tail superfluous.
+            for superfluous in state.tails(saved[0], self.unit):
+                self._ledger.forget(superfluous)
+        if tail and self._save_chunk(save, len(chunks), tail, tables, own, tail_tokens=self._tail_tokens(state)):
+            saved.append(len(chunks))
+        if saved:
+            save.heads.append(chunks[: saved[0]])
+
+    def _tail_tokens(self, state: RequestState) -> int:
+        left: int = state.request.num_prompt_tokens % self._size
+        return left // self.unit * self.unit
+
+    def _new_tail(self, state: RequestState) -> bytes:
+        """The name of the prompt's tail if it is worth a slot and has none."""
+        units, whole = self._tail_tokens(state) // self.unit, state.request.num_prompt_tokens // self._size
+        if not units or not TAIL_CHUNKS <= whole == len(state.chunks):
+            return b""
+        tail = state.name_tail(whole, units * self.unit)
+        return b"" if self._ledger.holds(tail) else tail
+
+    def _lacks(self, chunk: bytes) -> bool:
+        """Whether a chunk is not in the cpu tier, or is there without some of its blocks."""
+        slot = self._ledger.lookup(chunk)
+        return any(slot.missing) if slot is not None else not self._ledger.holds(chunk)
+
+    def _save_chunk(
+        self, save: _Save, at: int, chunk: bytes, tables: Tables, own: frozenset[bytes], *, tail_tokens: int = 0
+    ) -> bool:
+        parts = []
+        for group in self._groups:
+            base = at * group.blocks_per_chunk
+            count = tail_tokens // group.block_size if tail_tokens else group.blocks_per_chunk
+            blocks = list(tables[group.index][base : base + count])
+            missing = missing_blocks(blocks)
+            if len(blocks) < count or (missing and group.reads_everything):
+                return False
+            parts.append((group.index, missing, blocks[missing:]))
+        lacking = tuple(missing for _, missing, _ in parts)
+        if (held := self._ledger.lookup(chunk)) is not None:
+            if not is_fuller(lacking, held.missing):
+                return False
+            self._ledger.forget(chunk)
+        slot = self._ledger.reserve(chunk, lacking, own, hidden=bool(tail_tokens))
+        if slot is None:
+            return False
+        save.slots.append(slot)
+        for group_index, missing, blocks in parts:
+            if blocks:
+                save.blocks += blocks
+                save.job.spans.append(Span(slot.index, group_index, missing, blocks))
+        return True
+
+    def _end_save(self, job: int) -> None:
+        save = self._saves.pop(job)
+        for block in save.blocks:
+            if self._readers_of.get(block) == job:
+                del self._readers_of[block]
+        for slot in reversed(save.slots):
+            if save.failed:
+                self._ledger.abandon(slot)
+            else:
+                self._ledger.commit(slot)
+        for head in save.heads:
+            self._ledger.touch(reversed(head))
+
+    def reading(self, taken: list[int]) -> list[int]:
+        if not self._readers_of:
+            return []
+        return sorted({self._readers_of[block] for block in taken if block in self._readers_of})
+
+    def distrust(self, output: Any) -> None:
+        written = {target for _, target in getattr(output, "kv_cache_block_copies", None) or ()}
+        written.update(getattr(output, "new_block_ids_to_zero", None) or ())
+        for save in self._saves.values() if written else ():
+            save.failed |= not written.isdisjoint(save.blocks)
+
+    def acknowledge(self, job: int, ranks: int, *, failed: bool) -> None:
+        save = self._saves.get(job)
+        if save is None:
+            _log.error("The save of an unknown batch %d ended", job)
+            return
+        save.ranks += ranks
+        save.failed |= failed
+        if save.ranks >= self._ranks:
+            self._stats.saved(CPU, 0 if save.failed else len(save.slots), 0, 0.0)
+            self._end_save(job)
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        assert all(job in self._saves for job in self._readers_of.values()), "a block waits for no save"
