@@ -10,8 +10,7 @@ from kv_protocol.hashing import Media, chunk_hashes, root_hash
 from kv_protocol.messages import Admitted, Removed, Stored, unpack
 from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, prompt
 from worker_connector.ledger import CPU
-from worker_connector.plan import WorkerReport
-from worker_connector.plan import PLAIN, StepPlan
+from worker_connector.plan import PLAIN, StepPlan, WorkerReport
 from worker_connector.planner import LOAD_SECONDS
 from worker_connector.request_state import external_id
 from worker_connector.saves import OVERDUE_SECONDS, TAIL_CHUNKS
