@@ -324,10 +324,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _runs(arguments: argparse.Namespace) -> list[Run]:
     rates = Rates(arguments.prefill_rate, arguments.step_s, arguments.decode_s, arguments.batch_tokens)
-    settings = dict(item.replace("-", "_", 1).split("=", 1) for item in arguments.set)
+    settings = dict(_setting(item) for item in arguments.set)
     policies = POLICIES if arguments.policy == "all" else (arguments.policy,)
     a = arguments
     return [Run(policy, a.workers, a.blocks, a.speed, a.routers, a.seed, settings, rates) for policy in policies]
+
+
+def _setting(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes SETTING=VALUE, got {item!r}")
+    return name.replace("-", "_"), value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from router.metrics import Metrics
 from router.observe import observed
 from router.pipeline import PATHS, Pipeline
 from router.policies import make_policy
+from router.policy_metrics import PolicyState
 from router.pool_prompts import PoolPrompts
 from router.probe import works
 from router.reload import Sources
@@ -80,6 +81,7 @@ class Gateway:
             suspected=self._suspected,
         )
         self.metrics.add(AccessState(self.access, self.admission, self.pipeline.retries))
+        self.metrics.add(PolicyState(lambda: self.policy, lambda: self.registry.workers))
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
         self._turns = Turns()
         self._watchers: dict[str, Watcher] = {}

@@ -168,7 +168,7 @@ class Settings(BaseSettings):
         default=None, gt=0, description="the same lead as uncached tokens; overrides saturation-seconds"
     )
     compute_weight: float = Field(
-        default=3.0, ge=1, description="least-ttft: what a second of computing counts beside one of waiting"
+        default=4.0, ge=1, description="least-ttft: what a second of computing counts beside one of waiting"
     )
     session_header: str = Field(
         default="x-session-id", pattern=r"^[A-Za-z0-9-]+$", description="session: the header that names the session"

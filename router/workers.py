@@ -14,7 +14,7 @@ from router.pace import Pace
 from router.upstream import Upstream
 
 IN_TRANSIT_S = 0.05
-"""A request sent less than this before a heartbeat may not be part of the load the heartbeat names."""
+"""A request sent less than this before a heartbeat may be missing from the load the heartbeat names."""
 DECODE_TOKENS = 64
 """What a running request weighs in the load beside its uncached tokens, so that decoding fills a worker up too."""
 TRUST_FLOOR = 0.5
@@ -92,9 +92,9 @@ class Load:
         """Take the worker's own figure. O(requests in flight)."""
         left = uncached_tokens
         for flight in reversed(self._flights):
-            if flight.uncached and now - flight.sent_at >= IN_TRANSIT_S:
-                remaining = min(flight.uncached, left)
-                left -= remaining
+            remaining = min(flight.uncached, left)
+            left -= remaining
+            if now - flight.sent_at >= IN_TRANSIT_S:
                 self._own -= flight.uncached - remaining
                 flight.uncached = remaining
         self._others = left

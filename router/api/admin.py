@@ -13,6 +13,7 @@ from router.config import LOOPBACK, WorkerSpec
 from router.control import MAX_TTL_S
 from router.errors import UNDECODABLE, Forbidden, InvalidRequest, NotFound, Unauthorized
 from router.explain import explain_body, explain_id
+from router.policies import comparison_of
 from router.splice import Kind
 from router.workers import Worker
 
@@ -122,6 +123,10 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
             return describe_contents(gateway, _find(gateway, worker))
         return describe_index(gateway)
 
+    @router.get("/policy")
+    async def policy() -> Any:
+        return describe_policy(gateway)
+
     @router.post("/route")
     async def route(request: Request, endpoint: PromptKind | None = None) -> Any:
         raw = await request.body()
@@ -134,16 +139,6 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
 
     @router.post("/explain")
     async def explain_body_of(request: Request, endpoint: PromptKind | None = None) -> Any:
-        raw = await request.body()
-        plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
-        return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
-
-    @router.get("/explain")
-    async def explain_request(id: str) -> Any:  # noqa: A002 - the name in the URL
-        return await explain_id(gateway, id)
-
-    @router.post("/explain")
-    async def explain_body_of(request: Request, endpoint: Literal["chat", "completions"] | None = None) -> Any:
         raw = await request.body()
         plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
         return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
@@ -197,6 +192,26 @@ def _membership(gateway: "Gateway", worker: Worker) -> dict[str, Any]:
         "named_by": control.membership.origin_of(url),
         "leaving": control.membership.leaving(url),
         "lease": control.lease_of(url),
+    }
+
+
+def describe_policy(gateway: "Gateway") -> dict[str, Any]:
+    """The active policy, what its shadow would have done, and what was learned of each worker. Times in seconds."""
+    comparison = comparison_of(gateway.policy)
+    return {
+        "policy": gateway.policy.name,
+        "by_header": gateway.settings.policy_header,
+        "shadow": msgspec.to_builtins(comparison) if comparison is not None else None,
+        "workers": {
+            worker.name: {
+                "load": worker.weight,
+                "average_load": round(worker.average_load),
+                "learned_tokens_per_second": round(worker.pace.learned_speed) or None,
+                "learned_fixed_s": round(worker.pace.fixed, 4),
+                "reported_tokens_per_second": round(worker.prefill_speed) or None,
+            }
+            for worker in gateway.registry.workers
+        },
     }
 
 

@@ -56,7 +56,7 @@ class LeastTtft:
     uses_tiers = True
     learns = True
 
-    def __init__(self, rng: random.Random, compute_weight: float = 3.0) -> None:
+    def __init__(self, rng: random.Random, compute_weight: float = 4.0) -> None:
         self._rng = rng
         self._weight = compute_weight
         self._hot = HotPrefixes()
