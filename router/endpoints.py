@@ -51,6 +51,12 @@ BY_LOAD: tuple[str, ...] = (
     "/tokenize",
     "/detokenize",
     "/v1/chat/completions/batch",
+    "/v1/chat/completions/render",
+    "/v1/chat/completions/derender",
+    "/v1/completions/render",
+    "/v1/completions/derender",
+    "/v1/messages/render",
+    "/v1/responses/render",
     "/v1/audio/transcriptions",
     "/v1/audio/translations",
 )

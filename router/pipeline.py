@@ -329,7 +329,7 @@ class Pipeline:
             )
 
         if plan.request.kind == "responses":
-            self._surface.watch(journey.client, worker, _tenant_of(journey.visit))
+            self._surface.watch(journey.client, worker)
         head, body = self._upstream_request(journey.client, plan, worker)
         return await forward(
             journey.client,

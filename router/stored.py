@@ -1,14 +1,15 @@
 """Responses that a worker keeps: which worker made which, so that what asks for one goes there.
 
 vLLM keeps responses in the memory of the process that made them. The router learns ids as it passes responses on, and
-remembers the latest of them; for an id it does not know (it was restarted, or another router passed it on) it asks the
+remembers the latest of them; where API keys are in use it also gives the ids, which then say whose they are. For an id it does not know (it was restarted, or another router passed it on) it asks the
 workers, all at once, within one deadline and for a few such ids at a time.
 """
 
 import asyncio
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from hashlib import sha256
 from urllib.parse import quote
 
 from router.errors import Busy, NotFound, Unavailable, UpstreamError
@@ -22,11 +23,13 @@ ASK_AT_ONCE = 8
 LONGEST_ID = 256
 
 
-class Keeper(NamedTuple):
-    """``worker`` by name; ``tenant`` whose request it was, empty where keys are not in use."""
+def id_for(tenant: str) -> str:
+    """A fresh id that says whose it is, so that any router can tell."""
+    return _mark_of(tenant) + uuid.uuid4().hex
 
-    worker: str
-    tenant: str
+
+def _mark_of(tenant: str) -> str:
+    return "resp_" + sha256(b"warmroute tenant\0" + tenant.encode()).hexdigest()[:16]
 
 
 class StoredResponses:
@@ -35,35 +38,35 @@ class StoredResponses:
     def __init__(self, registry: Registry, keep: int = KEEP) -> None:
         self._registry = registry
         self._keep = keep
-        self._keepers: OrderedDict[str, Keeper] = OrderedDict()
+        self._keepers: OrderedDict[str, str] = OrderedDict()
         self._asking = asyncio.Semaphore(ASK_AT_ONCE)
 
     def __len__(self) -> int:
         return len(self._keepers)
 
-    def learn(self, identifier: str, worker: str, tenant: str) -> None:
+    def learn(self, identifier: str, worker: str) -> None:
         """A worker made this response. O(1)."""
-        self._keepers[identifier] = Keeper(worker, tenant)
+        self._keepers[identifier] = worker
         self._keepers.move_to_end(identifier)
         if len(self._keepers) > self._keep:
             self._keepers.popitem(last=False)
 
     async def place(self, request: Request, identifier: str, tenant: str) -> None:
-        """Bind a request to the worker that keeps a response, and to a model it serves where it names none.
+        """Bind a request to the worker that keeps a response, and to a model it serves where it names none. ``tenant`` is
+        the key's name, empty where keys are not in use.
 
         Raises:
             NotFound: nobody has it, or it is another tenant's.
             Unavailable: the worker that has it is gone or down.
             Busy: too many unknown ids are being looked for.
         """
-        keeper = self._keepers.get(identifier)
-        if keeper is not None and keeper.tenant != tenant:
+        if tenant and not identifier.startswith(_mark_of(tenant)):
             raise _not_found(identifier)
-        worker = self._registry.get(keeper.worker) if keeper is not None else await self._ask(identifier)
+        keeper = self._keepers.get(identifier) or await self._ask(identifier)
+        worker = self._registry.get(keeper)
         if worker is None or not worker.up:
-            name = keeper.worker if keeper is not None else ""
             raise Unavailable(
-                f"worker {name} keeps the response {identifier!r} and cannot be reached: it is lost unless that "
+                f"worker {keeper} keeps the response {identifier!r} and cannot be reached: it is lost unless that "
                 "worker comes back",
                 code="response_unavailable",
                 retry_after=1,
@@ -72,7 +75,7 @@ class StoredResponses:
         if not request.model:
             request.model = next((card.id for card in worker.models.values() if not card.parent), "")
 
-    async def _ask(self, identifier: str) -> Worker:
+    async def _ask(self, identifier: str) -> str:
         if not 0 < len(identifier) <= LONGEST_ID:
             raise _not_found(identifier)
         try:
@@ -83,7 +86,7 @@ class StoredResponses:
             raise Busy("the workers are being asked for too many unknown responses", retry_after=1) from None
         if worker is None:
             raise _not_found(identifier)
-        return worker
+        return worker.name
 
 
 async def _first_with(workers: Iterable[Worker], identifier: str) -> Worker | None:

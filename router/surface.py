@@ -4,6 +4,8 @@ response teaches."""
 from functools import partial
 from typing import Any, cast
 
+import msgspec
+
 from router.accounting import Accounting, Decision
 from router.client import Client, Headers
 from router.clients import ResponsesClient
@@ -12,7 +14,7 @@ from router.errors import InvalidRequest
 from router.parse import Request, parse_other, parse_request
 from router.pool_prompts import Tokenized
 from router.splice import Kind
-from router.stored import StoredResponses
+from router.stored import StoredResponses, id_for
 from router.workers import Pool, Worker
 
 HOT: frozenset[Kind] = frozenset({"chat", "completions"})
@@ -46,19 +48,33 @@ class Surface:
             identifier = request.body.get("previous_response_id") if kind == "responses" else None
         if identifier is not None and not isinstance(identifier, str):
             raise InvalidRequest("previous_response_id must be a string", param="previous_response_id")
+        if kind == "responses" and tenant:
+            _give_id(request, id_for(tenant))
         if identifier:
             await self.stored.place(request, identifier, tenant)
         return request
 
-    def watch(self, client: Client, worker: Worker, tenant: str) -> None:
+    def watch(self, client: Client, worker: Worker) -> None:
         """Learn from a Responses answer, as it passes, which worker keeps it."""
         if isinstance(client, ResponsesClient):
-            client.learn = partial(self.stored.learn, worker=worker.name, tenant=tenant)
+            client.learn = partial(self.stored.learn, worker=worker.name)
 
     def delivered(self, client: Client, worker: Worker, decision: Decision) -> None:
         """A Responses answer is complete: its engine reports no length under an id known here, but says it itself."""
         if isinstance(client, ResponsesClient) and client.input_tokens is not None and decision.status == 200:
             self._accounting.counted(worker, decision, client.input_tokens)
+
+
+def _give_id(request: Request, identifier: str) -> None:
+    """Name a Responses request; vLLM gives its answer the same id."""
+    member = b'"request_id":"' + identifier.encode() + b'"'
+    if "request_id" in request.body:
+        members = msgspec.json.decode(request.raw, type=dict[str, msgspec.Raw])
+        request.raw = msgspec.json.encode(members | {"request_id": identifier})
+    else:
+        at = request.raw.index(b"{") + 1
+        request.raw = b"".join((request.raw[:at], member, b"," if request.body else b"", request.raw[at:]))
+    request.body["request_id"] = identifier
 
 
 def unscored_prompt(kind: Kind, pool: Pool) -> Tokenized | None:

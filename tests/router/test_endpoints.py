@@ -68,12 +68,6 @@ def test_every_route_of_vllm_is_decided() -> None:
         "/tokenizer_info",
         "/generative_scoring",
         "/v1/systemone",
-        "/v1/chat/completions/render",
-        "/v1/chat/completions/derender",
-        "/v1/completions/render",
-        "/v1/completions/derender",
-        "/v1/messages/render",
-        "/v1/responses/render",
         "/cohere/v2/chat",
         "/cohere/v2/chat/render",
     }

@@ -25,7 +25,7 @@ class SurfaceWorker(SimulatedWorker):
         bare = path.partition("?")[0]
         if bare in ("/health", "/v1/models", "/version", "/tokenize"):
             return super()._control(bare, body)
-        if bare.startswith("/v1/responses/"):
+        if bare.startswith("/v1/responses/") and not bare.endswith("/render"):
             return self._stored(bare.removeprefix("/v1/responses/"))
         if bare == "/v1/messages/count_tokens":
             return self._count(body)
