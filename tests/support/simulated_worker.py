@@ -302,7 +302,7 @@ class SimulatedWorker:
         await asyncio.sleep(self.first_pause)
         tokens = self.tokenize(body)
         if self.admit is not None:
-            self.publish(Admitted("chatcmpl-" + headers["x-request-id"], len(tokens), self.admit))
+            self.publish(Admitted("chatcmpl-" + headers.get("x-request-id", "none"), len(tokens), self.admit))
         if body.get("stream"):
             return await self._stream(writer, headers, tokens)
         return self._whole(writer, headers, tokens)
@@ -321,7 +321,7 @@ class SimulatedWorker:
     def _whole(self, writer: asyncio.StreamWriter, headers: dict[str, str], tokens: list[int]) -> bool:
         content = " ".join(f"word{number}" for number in range(self.words)) + self.padding.decode()
         answer = {
-            "id": "chatcmpl-" + headers["x-request-id"],
+            "id": "chatcmpl-" + headers.get("x-request-id", "none"),
             "object": "chat.completion",
             "model": self.model,
             "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
@@ -344,10 +344,10 @@ class SimulatedWorker:
                 writer.close()
                 raise ConnectionResetError
             delta = {"content": f"word{number} " + self.padding.decode()}
-            event = {"id": "chatcmpl-" + headers["x-request-id"], "choices": [{"index": 0, "delta": delta}]}
+            event = {"id": "chatcmpl-" + headers.get("x-request-id", "none"), "choices": [{"index": 0, "delta": delta}]}
             await self._chunk(writer, b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(self.pause)
-        usage = {"id": "chatcmpl-" + headers["x-request-id"], "choices": [], "usage": self._usage(tokens)}
+        usage = {"id": "chatcmpl-" + headers.get("x-request-id", "none"), "choices": [], "usage": self._usage(tokens)}
         await self._chunk(writer, b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         return True
@@ -389,7 +389,10 @@ def prompt_tokens(body: dict[str, Any]) -> list[int]:
 class RunningGateway:
     """A gateway serving on this event loop, and a client for it."""
 
-    def __init__(self, gateway: Gateway, port: int, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self, gateway: Gateway, port: int, client: httpx.AsyncClient, stop: Callable[[], None] = lambda: None
+    ) -> None:
+        self.stop = stop
         self.gateway = gateway
         self.port = port
         self.client = client
@@ -433,7 +436,7 @@ async def running_gateway(
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15) as client:
             watched = [w for w in app.gateway.registry.workers if w.spec.report_address is not None and w.up]
             await until(lambda: all(worker.synced for worker in watched))
-            yield RunningGateway(app.gateway, port, client)
+            yield RunningGateway(app.gateway, port, client, lambda: setattr(server, "should_exit", True))
     finally:
         server.should_exit = True
         await serving
