@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from router.api.admin import make_admin
 from router.api.openai import make_public
+from router.api.schema import describe_itself
 from router.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 def make_rest(gateway: "Gateway") -> FastAPI:
     """The application, with every error answered as an OpenAI error object."""
-    app = FastAPI(title="warmroute", docs_url=None, redoc_url=None, openapi_url=None, default_response_class=_Json)
+    app = FastAPI(title="warmroute", docs_url=None, redoc_url=None, default_response_class=_Json)
     app.include_router(make_public(gateway))
     app.include_router(make_admin(gateway))
+    describe_itself(app)
 
     @app.exception_handler(ApiError)
     async def on_api_error(_: Request, error: ApiError) -> Response:
