@@ -23,11 +23,13 @@ from router.errors import (
     Limited,
     ModelNotFound,
     Unauthorized,
+    UpstreamError,
 )
 from router.limits import Bucket, Meter, Usage
 from router.parse import parse_request
 from router.salt import derive_salt, with_salt
-from router.tls import check_tls
+from router.tls import check_tls, client_context, server_context
+from router.upstream import Timeouts, Upstream
 from tests.support.simulated_worker import SimulatedWorker, chat_body, run, running_gateway, until
 
 KEY = "k" * 40
@@ -598,6 +600,40 @@ def test_simulated_tls_and_client_certificates(tmp_path: Path) -> None:
                 assert chat.status_code == 200
             with pytest.raises(httpx.TransportError):
                 await gateway.client.get("/health")
+
+    run(scenario())
+
+
+def test_workers_are_spoken_to_by_tls_and_shown_a_certificate(tmp_path: Path) -> None:
+    made = certificates(tmp_path)
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
+        writer.close()
+
+    async def scenario() -> None:
+        context = server_context(made["server.pem"], made["server.key"], made["ca.pem"])
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        pair = {"cert": made["client.pem"], "key": made["client.key"]}
+
+        async def fetch(**options: Any) -> int:
+            upstream = Upstream("w", url, Timeouts(2, 2, 2), key="worker-secret", tls=client_context(**options))
+            try:
+                return (await upstream.fetch("GET", "/health", timeout=2)).status
+            finally:
+                upstream.close()
+
+        assert await fetch(authorities=made["ca.pem"], **pair) == 200
+        assert await fetch(verify=False, **pair) == 200
+        for options in (pair, {"authorities": made["ca.pem"]}):
+            with pytest.raises(UpstreamError) as caught:
+                await fetch(**options)
+            assert "worker-secret" not in str(caught.value)
+        assert all(b"authorization: Bearer worker-secret\r\n" in head for head in seen)
+        server.close()
 
     run(scenario())
 

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import random
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,9 @@ import httpx
 import pytest
 
 from router.breaker import WINDOW, Breaker
+from router.errors import ConnectFailed
 from router.retries import RESERVE_PER_S, WINDOW_S, RetryBudget, backoff
+from router.upstream import Timeouts, Upstream
 from tests.support.simulated_worker import SimulatedWorker, chat_body, run, running_gateway, until
 
 CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -189,6 +192,29 @@ def test_simulated_never_are_all_workers_kept_out() -> None:
             assert (await gateway.chat("hello")).status_code == 200, "the least bad serves"
             assert (await gateway.chat("hello")).headers["x-warmroute-worker"] in "ab"
             assert "closed" in [worker.breaker.state for worker in gateway.gateway.registry.workers]
+
+    run(scenario())
+
+
+def test_a_worker_that_accepts_no_connection_is_given_up_in_time() -> None:
+    async def scenario() -> None:
+        full = socket.socket()
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        try:
+            for filler in fillers:
+                filler.setblocking(False)
+                filler.connect_ex(full.getsockname())
+            upstream = Upstream("w", f"http://127.0.0.1:{full.getsockname()[1]}", Timeouts(0.2, 9, 9))
+            started = time.monotonic()
+            with pytest.raises(ConnectFailed, match="accepted no connection within"):
+                await upstream.fetch("GET", "/health", timeout=9)
+            assert time.monotonic() - started < 2
+            upstream.close()
+        finally:
+            for item in (full, *fillers):
+                item.close()
 
     run(scenario())
 
