@@ -29,6 +29,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -224,6 +225,7 @@ class Access:
         self._seen: object = None
         self._by_digest: dict[bytes, tuple[bytes, Tenant]] = {}
         self.tenants: dict[str, Tenant] = {}
+        self._asked = asyncio.Event()
         self.error = ""
         self.refused = 0
         if self._path is not None:
@@ -299,10 +301,17 @@ class Access:
         return True
 
     async def watch(self, interval: float) -> None:
-        """Reload whenever the file changed, until cancelled. Looks at it every ``interval`` seconds."""
+        """Reload whenever the file changed, until cancelled. Looks at it every ``interval`` seconds, and when asked."""
         while True:
-            await asyncio.sleep(interval)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await self._asked.wait()
+            self._asked.clear()
             self.reload()
+
+    def ask_reload(self) -> None:
+        """Have the file looked at now."""
+        self._asked.set()
 
     def describe(self) -> dict[str, Any]:
         """The keys and their use, for people; no key, hash or salt among it."""

@@ -46,7 +46,7 @@ def serve(settings: Settings, sources: Sources) -> int:
         logs.set_up(settings.log_level, settings.log_format, number)
         siblings = Siblings(directory, number, settings.processes)
         app = create_app(settings, sources, siblings)
-        _on_hangup(app, sources)
+        _on_hangup(app, _files(settings, sources))
         with suppress(KeyboardInterrupt):
             make_server(app, settings).run(sockets)
 
@@ -56,14 +56,14 @@ def serve(settings: Settings, sources: Sources) -> int:
         host=settings.host,
         port=settings.port,
         drain_timeout=settings.drain_timeout,
-        pass_hangup=bool(sources.file),
+        pass_hangup=_files(settings, sources),
     ).supervise()
 
 
 def _serve_alone(settings: Settings, sources: Sources) -> int:
     logs.set_up(settings.log_level, settings.log_format)
     app = create_app(settings, sources)
-    _on_hangup(app, sources)
+    _on_hangup(app, _files(settings, sources))
     try:
         make_server(app, settings).run()
     except KeyboardInterrupt:
@@ -71,11 +71,17 @@ def _serve_alone(settings: Settings, sources: Sources) -> int:
     return 0
 
 
-def _on_hangup(app: Application, sources: Sources) -> None:
-    """SIGHUP has the configuration file read again. Without a file, and when the terminal has gone away, it stops the
-    gateway as SIGTERM does, without losing requests; under nohup it does that only if there is a file to read."""
+def _files(settings: Settings, sources: Sources) -> bool:
+    """Whether there is anything to read again."""
+    return bool(sources.file or settings.api_keys_file)
+
+
+def _on_hangup(app: Application, files: bool) -> None:
+    """SIGHUP has the configuration file and the file of keys read again. Without either, and when the terminal has gone
+    away, it stops the gateway as SIGTERM does, without losing requests; under nohup it does that only if there is a
+    file to read."""
     hangup = getattr(signal, "SIGHUP", None)
-    if hangup is None or (signal.getsignal(hangup) is not signal.SIG_DFL and not sources.file):
+    if hangup is None or (signal.getsignal(hangup) is not signal.SIG_DFL and not files):
         return
     had_terminal = _has_terminal()
 
@@ -85,10 +91,12 @@ def _on_hangup(app: Application, sources: Sources) -> None:
     def reload_or_stop() -> None:
         if had_terminal and not _has_terminal():
             stop()
-        else:
-            app.gateway.control.ask_reload()
+            return
+        app.gateway.control.ask_reload()
+        if app.gateway.access is not None:
+            app.gateway.access.ask_reload()
 
-    act: Callable[[], None] = reload_or_stop if sources.file else stop
+    act: Callable[[], None] = reload_or_stop if files else stop
     signal.signal(hangup, lambda *_: act())
 
 
