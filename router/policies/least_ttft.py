@@ -99,12 +99,10 @@ def loading_seconds(query: Query, worker: Worker, tokens: int) -> float:
     if worker.hello is None:
         return 0.0
     behind = [tier.name for tier in worker.hello.tiers if tier.name != "gpu"]
-    if len(behind) == 1:
-        return tokens * seconds_per_token(worker, behind[0])
-    held = query.tiers(worker) if query.tiers is not None else {}
-    parts = {tier: held.get(tier, 0) for tier in behind}
-    share = tokens / (sum(parts.values()) or tokens)
-    return share * sum(count * seconds_per_token(worker, tier) for tier, count in parts.items() if count)
+    held = query.tiers(worker) if query.tiers is not None and len(behind) > 1 else {}
+    parts = {tier: held[tier] for tier in behind if held.get(tier)} or dict.fromkeys(behind[:1], tokens)
+    share = tokens / max(1, sum(parts.values()))
+    return share * sum(count * seconds_per_token(worker, tier) for tier, count in parts.items())
 
 
 def seconds_per_token(worker: Worker, tier: str) -> float:

@@ -3,9 +3,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_protocol.messages import Heartbeat
 from router.config import WorkerSpec
 from router.upstream import Timeouts, Upstream
-from router.workers import TRUST_FLOOR, Breaker, Flight, Load, ModelCard, Registry, Worker
+from router.workers import DECODE_TOKENS, TRUST_FLOOR, Breaker, Flight, Load, ModelCard, Registry, Worker
 
 
 def make_worker(name: str, *cards: ModelCard) -> Worker:
@@ -15,16 +16,16 @@ def make_worker(name: str, *cards: ModelCard) -> Worker:
     return worker
 
 
-def test_the_workers_figure_stands_for_what_it_had_by_then() -> None:
+def test_the_workers_figure_stands_for_what_it_has() -> None:
     load = Load()
     early, late = Flight(0.0, 1000), Flight(9.96, 500)
     load.sent(early)
     load.sent(late)
     assert load.uncached_tokens == 1500
     load.heartbeat(3000, 10.0)
-    assert load.uncached_tokens == 3500, "another router's requests are in the worker's figure, the late one is not"
+    assert load.uncached_tokens == 3000, "another router's requests are in the worker's figure"
     load.computed(early)
-    assert load.uncached_tokens == 2500
+    assert load.uncached_tokens == 2000
     load.computed(early)
     load.heartbeat(0, 11.0)
     assert load.uncached_tokens == 0, "an answer that comes only as a whole: the worker knows that it is computed"
@@ -34,6 +35,54 @@ def test_the_workers_figure_stands_for_what_it_had_by_then() -> None:
     load.finished(late)
     load.finished(early)
     assert (load.uncached_tokens, load.in_flight) == (0, 0)
+
+
+def test_a_request_on_its_way_counts_though_the_worker_has_not_seen_it() -> None:
+    load = Load()
+    load.sent(Flight(9.96, 500))
+    load.heartbeat(0, 10.0)
+    assert load.uncached_tokens == 500
+    load.heartbeat(0, 11.0)
+    assert load.uncached_tokens == 0
+
+
+def test_the_oldest_request_is_the_one_that_is_partly_computed() -> None:
+    load = Load()
+    first, second = Flight(0.0, 8000), Flight(1.0, 3000)
+    load.sent(first)
+    load.sent(second)
+    load.heartbeat(5000, 2.0)
+    assert (first.uncached, second.uncached) == (2000, 3000)
+    load.computed(first)
+    assert load.uncached_tokens == 3000
+
+
+def test_others_are_noticed_and_forgotten_after_a_minute() -> None:
+    load = Load()
+    load.heartbeat(500, 0.0)
+    assert not load.shared, "a hit that was shorter than predicted is no second router"
+    load.heartbeat(9000, 1.0)
+    assert load.shared
+    for second in range(60):
+        load.heartbeat(0, 2.0 + second)
+    assert not load.shared
+
+
+def test_the_average_load_follows_within_seconds() -> None:
+    worker = make_worker("a")
+    for second in range(20):
+        worker.beat(Heartbeat(2, 0, 5000, 0.1, 9000.0, {}, {}), float(second))
+    assert worker.weight == 5000 + 2 * DECODE_TOKENS
+    assert abs(worker.average_load / worker.weight - 1) < 0.02
+    worker.forget_reports()
+    assert (worker.average_load, worker.load.uncached_tokens) == (0.0, 0)
+
+
+def test_an_answer_teaches_the_workers_pace() -> None:
+    worker = make_worker("a")
+    for number in range(20):
+        worker.answered(Flight(float(number), 0, due=9000, first_at=number + 0.5))
+    assert worker.pace.learned_speed == 18_000.0
 
 
 @given(st.lists(st.integers(0, 4), max_size=60), st.randoms(use_true_random=False))
@@ -54,6 +103,7 @@ def test_load_returns_to_nothing(actions: list[int], rng: random.Random) -> None
         assert load.uncached_tokens >= 0
     load.unreported()
     assert load.uncached_tokens == sum(flight.uncached for flight in flights)
+    assert load.in_flight == len(flights)
     for flight in flights:
         load.finished(flight)
     assert (load.uncached_tokens, load.in_flight) == (0, 0)
