@@ -31,6 +31,7 @@ from router.policies import make_policy
 from router.policy_metrics import PolicyState
 from router.pool_prompts import PoolPrompts
 from router.probe import works
+from router.prompt_metrics import PromptState
 from router.reload import Sources
 from router.reports import Sweeper, Watcher
 from router.siblings import Siblings
@@ -80,6 +81,7 @@ class Gateway:
             access=self.access,
             suspected=self._suspected,
         )
+        self.metrics.add(PromptState(self.prompts))
         self.metrics.add(AccessState(self.access, self.admission, self.pipeline.retries))
         self.metrics.add(PolicyState(lambda: self.policy, lambda: self.registry.workers))
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
@@ -278,7 +280,9 @@ class Gateway:
         pool = self.registry.pools.get(model)
         root = pool.root if pool is not None else ""
         limit = max((worker.max_model_len(model) for worker in pool.workers), default=0) if pool is not None else 0
-        await self.prompts[model].load(self.settings.tokenizer or root, self.settings.chat_template, limit)
+        settings = self.settings
+        where = settings.tokenizer or root
+        await self.prompts[model].load(where, settings.chat_template, limit, settings.prompt_memory_bytes)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -185,6 +185,9 @@ class Settings(BaseSettings):
         default=True, description="pass paths that are not known on to workers, except those that control a worker"
     )
     forward_token_ids: bool = Field(default=True, description="send token ids along, so that workers need not tokenize")
+    prompt_memory_bytes: int = Field(
+        default=256 << 20, ge=0, description="tokens of earlier prompts kept for each model; 0 keeps none"
+    )
     response_headers: bool = Field(default=True, description="add x-warmroute-* headers to responses")
     max_in_flight: int = Field(default=1024, ge=1, description="requests served at once; more wait in the queue")
     max_queue: int = Field(default=1024, ge=0, description="requests that may wait; more are answered 429")

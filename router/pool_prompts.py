@@ -18,6 +18,8 @@ from router.parity import check_parity
 from router.prompt import PromptBuilder, tokenize_request
 from router.prompt_ids import PromptIds
 from router.splice import Kind
+from router.tokenizer import MEMORY_BYTES
+from router.tokenizer_files import is_mistral_format
 from router.workers import Worker
 
 TOKENIZE_TIMEOUT_S = 5.0
@@ -45,6 +47,7 @@ class PoolPrompts:
         self.builder: PromptBuilder | None = None
         self.dialects = Dialects(model)
         self._fault = "the tokenizer is not loaded yet"
+        self._short_call_ids = False
         self._disagreeing: dict[str, str] = {}
         self._logged: set[str] = set()
 
@@ -58,7 +61,7 @@ class PoolPrompts:
         """Why prompts are not tokenized here; empty when they are."""
         return self._fault or next(iter(self._disagreeing.values()), "")
 
-    async def load(self, where: str, chat_template: str, max_model_len: int) -> None:
+    async def load(self, where: str, chat_template: str, max_model_len: int, memory_bytes: int = MEMORY_BYTES) -> None:
         """Load the tokenizer; failing leaves tokenization to the workers."""
         if not where:
             self._fault = "no tokenizer: the worker's model list names none"
@@ -66,10 +69,15 @@ class PoolPrompts:
             return
         try:
             self.builder = await asyncio.to_thread(
-                PromptBuilder.load, where, chat_template or None, max_model_len=max_model_len or None
+                PromptBuilder.load,
+                where,
+                chat_template or None,
+                max_model_len=max_model_len or None,
+                memory_bytes=memory_bytes,
             )
         except (ConfigError, Unrenderable) as error:
             self._fault = str(error)
+            self._short_call_ids = await asyncio.to_thread(is_mistral_format, where)
             self._log_once(self._fault)
         else:
             self._fault = ""
@@ -152,7 +160,7 @@ class PoolPrompts:
             if not workers or kind not in _TOKENIZED_BY_WORKERS or _has_media(body):
                 return Tokenized((), "nobody", why)
             worker = min(workers, key=lambda w: w.weight)
-            ids = await tokenize_at(worker, tokenize_request(body, kind))
+            ids = await tokenize_at(worker, tokenize_request(body, kind, short_call_ids=self._short_call_ids))
             return Tokenized(_checked([ids]), "worker", why)
         except (UpstreamError, Unrenderable, InvalidRequest) as error:
             return Tokenized((), "nobody", f"{why}; {error}")

@@ -44,6 +44,7 @@ _RENDERED_FIELDS = frozenset(
 )
 _MAX_INT64 = 2**63 - 1
 _MOST_MARKS = 3
+_MISTRAL_ID_LENGTH = 9
 # Rendering is copying, and needs the interpreter's lock anyway: only bodies of many megabytes are worth a thread.
 _LONG_BODY = 4 << 20
 _MANY_MESSAGES = 1000
@@ -106,6 +107,18 @@ class PromptBuilder:
             own_chat_encoding=files.own_chat_encoding(),
             **settings,
         )
+
+    def figures(self) -> dict[str, float]:
+        """What tokenizing cost and saved so far; seconds are of encoding, in threads and in the event loop."""
+        memory, by_heart = self.memory, self._by_heart
+        return {
+            "tokens_remembered": memory.tokens_remembered if memory is not None else 0,
+            "tokens_encoded": memory.tokens_encoded if memory is not None else 0,
+            "encode_seconds": memory.seconds if memory is not None else 0.0,
+            "prompt_memory_bytes": memory.used if memory is not None else 0,
+            "prompt_memory_evictions": memory.evicted if memory is not None else 0,
+            "renders_by_heart": by_heart.repeated if by_heart is not None else 0,
+        }
 
     def chat(self, body: dict[str, Any]) -> list[int]:
         """Token ids of a /v1/chat/completions body.
@@ -324,10 +337,12 @@ class _Pending:
         return self._finish()
 
 
-def tokenize_request(body: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+def tokenize_request(body: Mapping[str, Any], kind: Kind, *, short_call_ids: bool = False) -> dict[str, Any]:
     """The /tokenize body whose answer is what the worker makes of ``body``; for completions of one text prompt.
 
-    /tokenize itself ignores ``documents`` and ``reasoning_effort``, so they travel as template arguments.
+    /tokenize itself ignores ``documents`` and ``reasoning_effort``, so they travel as template arguments. For models with
+    Mistral's own tokenizer vLLM keeps the last nine characters of tool-call ids in chats, and /tokenize refuses longer
+    ones: ``short_call_ids`` shortens them.
 
     Raises:
         Unrenderable: /tokenize has no way to say it (truncation, a suffix, prompts that are not one text).
@@ -342,6 +357,8 @@ def tokenize_request(body: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     request = {key: body[key] for key in _TOKENIZE_FIELDS if key in body}
     if isinstance(request.get("messages"), list):
         request["messages"] = [_with_reasoning(message) for message in request["messages"]]
+        if short_call_ids:
+            request["messages"] = [_with_short_ids(message) for message in request["messages"]]
     arguments = dict(request.get("chat_template_kwargs") or {})
     if (effort := body.get("reasoning_effort")) is not None:
         arguments.setdefault("enable_thinking", effort != "none")
@@ -358,6 +375,23 @@ def _with_reasoning(message: Any) -> Any:
     if renamed.get("reasoning") is None and message["reasoning_content"] is not None:
         renamed["reasoning"] = message["reasoning_content"]
     return renamed
+
+
+def _with_short_ids(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    shortened = dict(message)
+    if isinstance(name := message.get("tool_call_id"), str):
+        shortened["tool_call_id"] = name[-_MISTRAL_ID_LENGTH:]
+    if isinstance(calls := message.get("tool_calls"), list):
+        shortened["tool_calls"] = [_with_short_id(call) for call in calls]
+    return shortened
+
+
+def _with_short_id(call: Any) -> Any:
+    if not isinstance(call, dict) or not isinstance(call.get("id"), str):
+        return call
+    return {**call, "id": call["id"][-_MISTRAL_ID_LENGTH:]}
 
 
 def _given_template(chat_template: str | None, templates: str | Mapping[str, str] | None) -> str | None:

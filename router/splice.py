@@ -18,6 +18,8 @@ from router.prompt_ids import PromptIds
 Kind = Literal["chat", "completions", "messages", "responses", "generate", "stored", "load"]
 """How a request is read. Prompts are of the first five kinds; ``stored`` asks for a response made before, ``load`` is
 everything routed by load alone."""
+LEAN_FROM = 16 << 10
+"""Bytes of a chat from which its messages are worth leaving behind: below that the worker saves nothing measurable."""
 # Members that neither the template nor a parser reads.
 _KEPT_FIELDS = frozenset(
     """

@@ -8,6 +8,7 @@ per boundary tried. Memory is bounded: prefixes that nothing grows from leave fi
 
 from collections.abc import Callable, Iterator
 from threading import Lock
+from time import perf_counter
 from typing import NamedTuple
 
 from router.boundaries import Boundaries
@@ -59,6 +60,9 @@ class TokenMemory:
         self._lock = Lock()
         self.used = 0
         self.evicted = 0
+        self.tokens_remembered = 0
+        self.tokens_encoded = 0
+        self.seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -71,7 +75,9 @@ class TokenMemory:
 
     def finish(self, found: Found) -> PromptIds:
         """The tokens of the text; remembers what is worth it."""
+        started = perf_counter()
         text, special, chain = found
+        self.tokens_remembered += (remembered := chain[-1].count if chain else 0)
         before, after = self._affixes if special else (b"", b"")
         at = chain[-1].end if chain else 0
         if len(text) >= self._step:
@@ -85,7 +91,10 @@ class TokenMemory:
                 chain.append(prefix)
                 at = cut
         tail = self._encode(text[at:]) if at < len(text) else b""
-        return PromptIds(chain, (tail if chain else before + tail) + after)
+        prompt = PromptIds(chain, (tail if chain else before + tail) + after)
+        self.tokens_encoded += len(prompt) - remembered
+        self.seconds += perf_counter() - started
+        return prompt
 
     def clear(self) -> None:
         """Forget everything."""

@@ -106,7 +106,10 @@ class TokenizerFiles:
         """
         directory = find_directory(where)
         if not (directory / "tokenizer.json").is_file():
-            raise Unrenderable(f"{directory} has no tokenizer.json; only the worker can convert its tokenizer")
+            reason = "only the worker can convert its tokenizer"
+            if is_mistral_format(directory):
+                reason = "the worker tokenizes with mistral-common"
+            raise Unrenderable(f"{directory} has no tokenizer.json; {reason}")
         config = _read_object(directory, "tokenizer_config.json")
         versions = config.get("fast_tokenizer_files")
         if versions:
@@ -181,6 +184,15 @@ def find_directory(where: str | Path) -> Path:
     )
 
 
+def is_mistral_format(where: str | Path) -> bool:
+    """Whether the files there are those of Mistral's own tokenizer, which vLLM uses by way of mistral-common."""
+    try:
+        directory = find_directory(where)
+    except ConfigError:
+        return False
+    return (directory / "tekken.json").is_file() or any(directory.glob("tokenizer.model.v*"))
+
+
 def _hub_cache() -> Path:
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache)
@@ -239,10 +251,7 @@ def _refuse_unknown(files: TokenizerFiles) -> None:
         raise Unrenderable("the tokenizer comes with code of its own (auto_map)")
     if files.config.get("fix_mistral_regex"):
         raise Unrenderable("fix_mistral_regex replaces the tokenizer's pattern when it is loaded")
-    directory = files.directory
-    if any(directory.glob("consolidated*.safetensors")) and (
-        (directory / "tekken.json").is_file() or any(directory.glob("tokenizer.model.v*"))
-    ):
+    if any(files.directory.glob("consolidated*.safetensors")) and is_mistral_format(files.directory):
         raise Unrenderable("vLLM uses Mistral's own tokenizer for this model")
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from router import conversation
 from router.errors import ConfigError, InvalidRequest, Unrenderable
 from router.prompt import PromptBuilder, _Pending, can_carry_ids, splice_token_ids, tokenize_request
+from router.splice import without_messages
 from tests.router.prompt_samples import TEMPLATES, make_tokenizers, random_chat, random_text
 from tests.router.vllm_reference import Reference, Refused
 
@@ -417,3 +418,51 @@ def test_tokenize_requests_say_everything_that_matters() -> None:
     for refused in ({"prompt": ["x"]}, {"prompt": "x", "suffix": "y"}, {"prompt": "x", "truncate_prompt_tokens": 5}):
         with pytest.raises(Unrenderable):
             tokenize_request(refused, "completions")
+
+
+LEAN = {
+    "model": "m",
+    "messages": [USER, {"role": "assistant", "content": "é"}, USER],
+    "stream": True,
+    "temperature": 0.5,
+}
+
+
+def test_messages_stay_behind_where_the_ids_say_it_all() -> None:
+    body = LEAN | {"stop": ["a", "b"], "stream_options": {"include_usage": True}, "seed": 5, "user": "ü"}
+    lean = without_messages(body, [b"[", b"1,2", b"]"])
+    assert lean is not None
+    expected = body | {"messages": [{"role": "user", "content": ""}]}
+    assert json.loads(lean) == expected | {"kv_transfer_params": {"prompt_token_ids": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tool_choice": "none"},
+        {"echo": True},
+        {"add_generation_prompt": False},
+        {"chat_template_kwargs": {}},
+        {"response_format": {"type": "json_object"}},
+        {"kv_transfer_params": {}},
+        {"unheard_of": 1},
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        {"seed": 2.0**70},
+        {"stop": [["a"]]},
+        {"stream_options": {"a": {}}},
+        {"logprobs": [1]},
+    ],
+)
+def test_messages_stay_where_the_answer_may_depend_on_more(change: dict[str, Any]) -> None:
+    assert without_messages(LEAN | change, [b"[1]"]) is None
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_body_without_its_messages_is_the_same_request_to_vllm(kinds: dict[str, Path]) -> None:
+    theirs = Reference(kinds["bytes"])
+    ids = theirs.chat(LEAN)
+    lean = without_messages(LEAN, [str(ids).encode()])
+    assert lean is not None
+    assert theirs.chat(json.loads(lean)) == ids

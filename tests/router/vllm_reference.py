@@ -32,6 +32,7 @@ class Reference:
             encoder_config=None,
             is_encoder_decoder=False,
             renderer_num_workers=1,
+            get_vocab_size=lambda: 1_000_000,
             max_model_len=max_model_len,
         )
         parallel = SimpleNamespace(_api_process_rank=0)
