@@ -49,10 +49,10 @@ async def forward(
     *,
     extra: Headers,
     may_retry: Callable[[], bool],
-    first_byte: Callable[[], None],
+    first_byte: Callable[[int], None],
     meter: Meter | None = None,
 ) -> Delivery:
-    """Send a request and deliver its response. ``first_byte`` is called when the response's body begins; ``meter`` sees
+    """Send a request and deliver its response. ``first_byte`` is called with its status when the response's body begins; ``meter`` sees
     all of it.
 
     Raises:
@@ -74,7 +74,7 @@ async def forward(
 
 
 async def _whole(
-    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[], None]
+    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[int], None]
 ) -> None:
     try:
         data = await connection.read_whole(WHOLE_BYTES)
@@ -85,7 +85,7 @@ async def _whole(
         request_id = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
         await client.fail(BadGateway(f"{error}; the response is not complete"), request_id)
         return
-    first_byte()
+    first_byte(delivery.status)
     delivery.scan(data)
     await client.start(connection.status, headers)
     if connection.complete and not connection.buffered:
@@ -104,10 +104,10 @@ async def _whole(
 
 
 async def _stream(
-    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[], None]
+    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[int], None]
 ) -> None:
     data = await connection.read()
-    first_byte()
+    first_byte(delivery.status)
     await client.start(connection.status, headers)
     held = b""
     try:

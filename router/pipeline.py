@@ -290,7 +290,7 @@ class Pipeline:
             flight.due = worker.load.uncached_tokens
         outcome = "abandoned"
         try:
-            delivery = await self._forward(journey, worker, flight)
+            delivery = await self._forward(journey, worker, flight, generation)
             if flight.due and delivery.status == 200:
                 worker.answered(flight)
             outcome = self._delivered(worker, journey.plan.pool, decision, delivery, generation)
@@ -310,10 +310,12 @@ class Pipeline:
                 self._metrics.abandoned.labels(worker.name).inc()
             self._accounting.finished(decision)
 
-    async def _forward(self, journey: Journey, worker: Worker, flight: Flight) -> Delivery:
+    async def _forward(self, journey: Journey, worker: Worker, flight: Flight, generation: int) -> Delivery:
         plan, decision = journey.plan, journey.decision
 
-        def first_byte() -> None:
+        def first_byte(status: int) -> None:
+            if status < 500 and worker.breaker.badness:
+                worker.breaker.succeeded(generation)  # a long answer need not end to tell that the worker is back
             decision.ttft_s = time.perf_counter() - journey.started
             worker.load.computed(flight)
             if flight.due:

@@ -219,6 +219,24 @@ def test_a_worker_that_accepts_no_connection_is_given_up_in_time() -> None:
     run(scenario())
 
 
+def test_simulated_a_long_answer_closes_the_breaker_with_its_first_byte() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        settings = {"breaker_failures": 1, "breaker_seconds": 60, "health_interval": 60}
+        async with running_gateway(worker, **settings) as gateway:
+            worker.fail_next = 1
+            await gateway.chat("hello")
+            breaker = gateway.gateway.registry.workers[0].breaker
+            assert breaker.state == "open"
+            worker.words, worker.pause = 1000, 0.01
+            body = chat_body("hello", stream=True)
+            async with gateway.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                await anext(answer.aiter_bytes())
+                await until(lambda: breaker.state == "closed", 1)
+
+    run(scenario())
+
+
 # Attack shapes: what arrives is answered, or hung up on in time; nobody else notices.
 
 
