@@ -46,7 +46,7 @@ def serve(settings: Settings, sources: Sources) -> int:
         logs.set_up(settings.log_level, settings.log_format, number)
         siblings = Siblings(directory, number, settings.processes)
         app = create_app(settings, sources, siblings)
-        _on_hangup(app, _files(settings, sources))
+        _on_hangup(app, files=_files(settings, sources))
         with suppress(KeyboardInterrupt):
             make_server(app, settings).run(sockets)
 
@@ -63,7 +63,7 @@ def serve(settings: Settings, sources: Sources) -> int:
 def _serve_alone(settings: Settings, sources: Sources) -> int:
     logs.set_up(settings.log_level, settings.log_format)
     app = create_app(settings, sources)
-    _on_hangup(app, _files(settings, sources))
+    _on_hangup(app, files=_files(settings, sources))
     try:
         make_server(app, settings).run()
     except KeyboardInterrupt:
@@ -76,7 +76,7 @@ def _files(settings: Settings, sources: Sources) -> bool:
     return bool(sources.file or settings.api_keys_file)
 
 
-def _on_hangup(app: Application, files: bool) -> None:
+def _on_hangup(app: Application, *, files: bool) -> None:
     """SIGHUP has the configuration file and the file of keys read again. Without either, and when the terminal has gone
     away, it stops the gateway as SIGTERM does, without losing requests; under nohup it does that only if there is a
     file to read."""

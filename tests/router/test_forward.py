@@ -7,12 +7,13 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from router import cli
+from router import serve
 from router.forward import _whole_events
 from tests.support.simulated_worker import (
     RunningGateway,
@@ -418,17 +419,22 @@ def test_simulated_requests_that_outlast_the_stop_are_told(caplog: pytest.LogCap
     assert "Traceback" not in caplog.text
 
 
-def test_hangup_stops_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hangup_reads_files_again_or_stops_like_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGHUP)
-    raised: list[int] = []
-    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    done: list[object] = []
+    monkeypatch.setattr(signal, "raise_signal", done.append)
+    part = SimpleNamespace(ask_reload=lambda: done.append("read again"))
+    app: Any = SimpleNamespace(gateway=SimpleNamespace(control=part, access=part))
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        cli._drain_on_hangup()
+        serve._on_hangup(app, files=False)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        cli._drain_on_hangup()
+        serve._on_hangup(app, files=False)
         os.kill(os.getpid(), signal.SIGHUP)
-        assert raised == [signal.SIGTERM]
+        assert done == [signal.SIGTERM]
+        serve._on_hangup(app, files=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert done[1:] == ["read again", "read again"]
     finally:
         signal.signal(signal.SIGHUP, before)
