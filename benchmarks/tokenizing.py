@@ -2,9 +2,7 @@
 
     python -m benchmarks.tokenizing TOKENIZER_DIRECTORY [--seconds 0.5] [--json FILE]
 
-The conversations are English-like text of a small vocabulary of words, so that a token stands for about as many
-characters as in real traffic only where the tokenizer was trained on such text; tokens per prompt are printed for that
-reason. Rows:
+The conversations are sentences of Python's own manual in random order. Rows:
 
 - ``1 KB``: a chat of one message, never seen before.
 - ``16 KB``, ``128 KB``, grown: a chat of 32 messages whose earlier turns were sent before; its last answer and question,
@@ -20,17 +18,19 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from kv_protocol.hashing import root_hash
 from router.prompt import PromptBuilder
 from router.prompt_ids import PromptIds
-from router.splice import Kind, ids_of, splice
+from router.splice import LEAN_FROM, Kind, ids_of, splice, without_messages
 
 CHUNK_SIZE = 256
 STEPS = ("render", "tokenize", "hash", "splice", "together")
@@ -41,23 +41,20 @@ Body = dict[str, Any]
 
 
 class Talk:
-    """Endless text of ``words`` made-up words, the frequent ones short, in sentences and paragraphs."""
+    """Endless English: sentences of Python's own manual, drawn at random."""
 
-    def __init__(self, seed: int, words: int = 20_000) -> None:
+    def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
-        letters = "etaoinshrdlucmfwypvbgkqjxz"
-        weights = range(len(letters), 0, -1)
-        self._words = [
-            "".join(self._rng.choices(letters, weights, k=1 + min(index, 9) // 2 + self._rng.randrange(5)))
-            for index in range(words)
-        ]
-        self._weights = [1 / (index + 1) for index in range(words)]
+        manual = " ".join(str(topic) for topic in topics.values())
+        self._sentences = [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.:])\s+", manual)]
 
     def text(self, characters: int) -> str:
-        words = self._rng.choices(self._words, self._weights, k=characters // 2 + 10)
-        for index in range(9, len(words), 12):
-            words[index] += "." if index % 5 else ".\nThe"
-        return " ".join(words)[:characters]
+        sentences: list[str] = []
+        size = 0
+        while size < characters:
+            sentences.append(self._rng.choice(self._sentences))
+            size += len(sentences[-1]) + 1
+        return "\n".join(" ".join(sentences[at : at + 5]) for at in range(0, len(sentences), 5))[:characters]
 
     def chat(self, characters: int) -> list[dict[str, str]]:
         """A system prompt and 31 messages, the last one the user's; the last two are short."""
@@ -125,8 +122,10 @@ def _travel(
     for ids in prompts:
         ids.chunks(root, CHUNK_SIZE)
     marks.append(clock())
-    for (kind, raw, _), ids in zip(group, prompts, strict=True):
-        splice(raw, ids_of([ids], several=False), kind, given=False)
+    for (kind, raw, body), ids in zip(group, prompts, strict=True):
+        encoded = ids_of([ids], several=False)
+        lean = without_messages(body, encoded) if kind == "chat" and len(raw) >= LEAN_FROM else None
+        _ = lean or splice(raw, encoded, kind, given=False)
     marks.append(clock())
     for step, (start, end) in zip(STEPS, (*pairwise(marks), (marks[0], marks[-1])), strict=True):
         taken[step].append((end - start) / 1000 / max(len(group), 1))
