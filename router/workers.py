@@ -13,7 +13,7 @@ from router.errors import Conflict
 from router.pace import Pace
 from router.upstream import Upstream
 
-IN_TRANSIT_S = 0.05
+IN_TRANSIT_S = 0.25
 """A request sent less than this before a heartbeat may be missing from the load the heartbeat names."""
 DECODE_TOKENS = 64
 """What a running request weighs in the load beside its uncached tokens, so that decoding fills a worker up too."""
@@ -38,12 +38,13 @@ class ModelCard(msgspec.Struct, frozen=True):
 
 
 class Flight(msgspec.Struct, eq=False):
-    """A request on its way: the prompt tokens the worker has to compute, until it has computed them. ``due`` is what it
-    had to compute up to the first token, this prompt included, and ``first_at`` when that came, where that is to be
-    learned from."""
+    """A request on its way: the prompt tokens the worker still has to compute, as far as is known, and those that it
+    had to when the request was sent. ``due`` is what it had to compute up to the first token, this prompt included, and
+    ``first_at`` when that came, where that is to be learned from."""
 
     sent_at: float
     uncached: int
+    tokens: int = 0
     due: int = 0
     first_at: float = 0.0
 
@@ -76,12 +77,13 @@ class Load:
     def sent(self, flight: Flight) -> None:
         self.in_flight += 1
         self._own += flight.uncached
+        flight.tokens = flight.uncached
         self._flights[flight] = None
 
     def computed(self, flight: Flight) -> None:
         """The first byte came: the prompt is computed. Calling it again changes nothing."""
         self._own -= flight.uncached
-        flight.uncached = 0
+        flight.uncached = flight.tokens = 0
 
     def finished(self, flight: Flight) -> None:
         self.computed(flight)
@@ -92,16 +94,19 @@ class Load:
         """Take the worker's own figure. O(requests in flight)."""
         left = uncached_tokens
         for flight in reversed(self._flights):
-            remaining = min(flight.uncached, left)
+            remaining = min(flight.tokens, left)
             left -= remaining
             if now - flight.sent_at >= IN_TRANSIT_S:
-                self._own -= flight.uncached - remaining
+                self._own += remaining - flight.uncached
                 flight.uncached = remaining
         self._others = left
         self._shared_beats = _SHARED_BEATS if left >= _SHARED_TOKENS else max(0, self._shared_beats - 1)
 
     def unreported(self) -> None:
-        """The worker's figure is gone: what is left is counted here alone."""
+        """The worker's figure is gone: what was sent from here is all that counts."""
+        for flight in self._flights:
+            flight.uncached = flight.tokens
+        self._own = sum(flight.uncached for flight in self._flights)
         self._others = 0
 
 

@@ -30,8 +30,9 @@ def test_the_workers_figure_stands_for_what_it_has() -> None:
     load.heartbeat(0, 11.0)
     assert load.uncached_tokens == 0, "an answer that comes only as a whole: the worker knows that it is computed"
     load.heartbeat(700, 12.0)
+    assert load.uncached_tokens == 700, "it was only on its way into the worker's queue"
     load.unreported()
-    assert load.uncached_tokens == 0, "what others sent is the worker's to say"
+    assert load.uncached_tokens == 500
     load.finished(late)
     load.finished(early)
     assert (load.uncached_tokens, load.in_flight) == (0, 0)
