@@ -23,8 +23,6 @@ Message = dict[str, Any]
 
 _BILLING_HEADER = "x-anthropic-billing-header"
 _THINKING_EFFORTS = ("low", "medium", "high", "xhigh", "max")
-_SKIPPED_BLOCKS = frozenset({"redacted_thinking", "tool_reference"})
-_UNFINISHED = frozenset({"in_progress", "incomplete"})
 _FIRST_SYSTEM_PROBE = [
     {"role": "system", "content": "t"},
     {"role": "user", "content": "t"},
@@ -190,7 +188,7 @@ class _Blocks:
             self._results.append(_tool_result(block))
         elif kind == "image":
             raise Unrenderable("a message holds media")
-        elif kind not in _SKIPPED_BLOCKS:
+        elif kind not in ("redacted_thinking", "tool_reference"):
             raise Unrenderable("a message holds a block that its role does not have, or that is not known here")
 
     def chat(self) -> list[Message]:
@@ -290,7 +288,10 @@ def _of_responses(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_unfinished(items: Sequence[Message]) -> bool:
     last = items[-1] if items else {}
-    return last.get("type", "message") in ("message", "reasoning") and last.get("status") in _UNFINISHED
+    return last.get("type", "message") in ("message", "reasoning") and last.get("status") in (
+        "in_progress",
+        "incomplete",
+    )
 
 
 def _add_item(messages: list[Message], item: Message) -> None:
@@ -337,8 +338,8 @@ def _add_call(messages: list[Message], item: Message, name: str, arguments: str)
 def _assistant_text(item: Message) -> str:
     """Only the first part counts, as it does for the worker."""
     content = item.get("content")
-    if isinstance(content, str):
-        return content
+    if isinstance(content, str) and not {"id", "status"} & item.keys():
+        return content  # with those it could be read as an output message, whose content is a list
     first = content[0] if isinstance(content, list) and content else None
     if item.get("type") != "message" or not isinstance(first, dict) or first.get("type") != "output_text":
         raise Unrenderable("an assistant's message is more than text")
@@ -356,8 +357,8 @@ def _reasoning_text(item: Message) -> str:
 
 def _input_message(item: Message) -> Message:
     role = item.get("role")
-    if role not in ("user", "system", "developer"):
-        raise Unrenderable("an input message has a role that is not known here")
+    if role not in ("user", "system", "developer") or "id" in item:
+        raise Unrenderable("an input message has a role or an id, and is read in more than one way")
     content = _content(item.get("content"))
     if role == "system" and isinstance(content, list) and any(p["text"].startswith(_BILLING_HEADER) for p in content):
         raise Unrenderable("a system message opens with a billing header")
