@@ -98,6 +98,31 @@ def explain(
 
 
 @app.command()
+def doctor(
+    targets: Annotated[list[str], typer.Argument(help="URLs of gateways, and of workers: URL[,reports=HOST:PORT|none]")],
+    *,
+    token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateways")] = "",
+    report_token: Annotated[
+        str, typer.Option(envvar="WARMROUTE_REPORT_TOKEN", help="token of the workers' report ports")
+    ] = "",
+    api_key: Annotated[str, typer.Option(envvar="WARMROUTE_API_KEY", help="API key for requests")] = "",
+    tokenizer: Annotated[str, typer.Option(help="directory of the model's tokenizer, to compare with")] = "",
+    chat_template: Annotated[str, typer.Option(help="file with the chat template the workers were started with")] = "",
+    probe: Annotated[bool, typer.Option(help="have each worker compute a short prompt, as proof")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Prove that gateways and workers work together, or say what is wrong and how to mend it."""
+    from router import doctor as examination  # noqa: PLC0415 - keeps the other commands quick
+
+    options = examination.Options(token, report_token, api_key, tokenizer, chat_template, probe)
+    try:
+        status = examination.run(targets, options, json_output=as_json)
+    except ConfigError as error:
+        _quit(str(error))
+    raise typer.Exit(status)
+
+
+@app.command()
 def demo(
     *,
     exit_after: Annotated[bool, typer.Option("--exit", help="end after the conversation")] = False,

@@ -166,6 +166,8 @@ class Control:
         values = settings.model_dump(mode="json")
         sources = reloader.sources
         return {
+            "now": time.time(),
+            "open_files": open_files(),
             "file": sources.file or None,
             "error": reloader.error or None,
             "changed_at": reloader.changed_at,
@@ -349,6 +351,16 @@ class Control:
                 return self._requests(*arguments)
             case _:
                 return None
+
+
+def open_files() -> int | None:
+    """How many files this process may have open; None where there is no limit, or it cannot be known."""
+    try:
+        import resource  # noqa: PLC0415 - not on every system
+    except ImportError:
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _tidied(state: AdminState, now: float, idle: set[str]) -> AdminState:
