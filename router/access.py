@@ -157,9 +157,12 @@ class Tenant:
         Raises:
             ApiError: the header is no number, or more urgent than the key allows.
         """
-        given = next((value for name, value in headers if name == PRIORITY_HEADER), None)
-        if given is None:
-            return self.priority
+        for name, given in headers:
+            if name == PRIORITY_HEADER:
+                return self._granted(given)
+        return self.priority
+
+    def _granted(self, given: bytes) -> int:
         try:
             priority = int(given)
         except ValueError:
