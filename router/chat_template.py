@@ -22,7 +22,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.errors import Unrenderable
-from router.traced_template import TracedTemplate
+from router.traced_template import TracedTemplate, Tracer
 
 ContentFormat = Literal["string", "openai"]
 Message = dict[str, Any]
@@ -108,19 +108,32 @@ class ChatTemplate:
         text = self._run(variables)
         return text if final is None else _cut_after(text, final)
 
-    def by_heart(self, arguments: Mapping[str, Any], content_format: ContentFormat) -> TracedTemplate | None:
-        """What renders chats of plain texts with these arguments, no tools and no documents as ``render`` does, at a
-        fraction of the cost; None where it cannot.
+    def by_heart(
+        self,
+        content_format: ContentFormat,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+        limit: int = 8 << 20,
+    ) -> TracedTemplate | None:
+        """What renders chats of plain texts as ``render`` does with the same arguments, at a fraction of the cost; None
+        where it cannot. ``limit`` bounds its memory in bytes.
         """
-        if _RESERVED & arguments.keys():
+        if _RESERVED & (arguments or {}).keys():
             return None
-        wanted = {"tools": None, "documents": None, "add_generation_prompt": True}
+        wanted = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         return TracedTemplate(
-            self._environment,
-            self.source,
-            lambda messages: self._variables(messages, arguments) | wanted,
+            self._tracer,
+            lambda messages: self._variables(messages, arguments or {}) | wanted,
             parts=content_format == "openai",
+            limit=limit,
         )
+
+    @cached_property
+    def _tracer(self) -> Tracer:
+        return Tracer(self._environment, self.source)
 
     def _variables(self, conversation: Sequence[Message], arguments: Mapping[str, Any]) -> dict[str, Any]:
         accepted = {key: value for key, value in arguments.items() if key in self.variables}

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from router.chat_template import ChatTemplate, ContentFormat
 from router.conversation import conversation_of, plain_texts, tools_of
 from router.errors import ConfigError, InvalidRequest, Unrenderable
@@ -31,17 +33,22 @@ _TOKENIZE_FIELDS = (
     "media_io_kwargs",
 )
 # What the template's output depends on, besides the messages.
-_RENDERED_FIELDS = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
-        "documents",
-        "reasoning_effort",
-        "tools",
-    }
+_RENDERED_ORDER = (
+    "add_generation_prompt",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "documents",
+    "reasoning_effort",
+    "tool_choice",
+    "tools",
 )
+_RENDERED_FIELDS = frozenset(_RENDERED_ORDER)
+# Recordings of chats without such fields, and of each of the settings last seen: tools are as good as always the same.
+_PLAIN_BYTES = 8 << 20
+_SETTING_BYTES = 1 << 20
+_MOST_SETTINGS = 32
+_LONGEST_SETTING = 128 << 10
 _MAX_INT64 = 2**63 - 1
 _MOST_MARKS = 3
 _MISTRAL_ID_LENGTH = 9
@@ -81,7 +88,9 @@ class PromptBuilder:
         self._drop_tools = drop_tools_when_tool_choice_none
         self._own_chat_encoding = own_chat_encoding
         self._compiled: dict[str, ChatTemplate] = {}
-        self._by_heart = self._learn()
+        self.renders_by_heart = 0
+        self._by_heart = self._learn({}, _PLAIN_BYTES)
+        self._settings: dict[bytes, TracedTemplate | None] = {}
         self.memory: TokenMemory | None = tokenizer.memory(self._marks(), memory_bytes)
 
     @classmethod
@@ -110,14 +119,14 @@ class PromptBuilder:
 
     def figures(self) -> dict[str, float]:
         """What tokenizing cost and saved so far; seconds are of encoding, in threads and in the event loop."""
-        memory, by_heart = self.memory, self._by_heart
+        memory = self.memory
         return {
             "tokens_remembered": memory.tokens_remembered if memory is not None else 0,
             "tokens_encoded": memory.tokens_encoded if memory is not None else 0,
             "encode_seconds": memory.seconds if memory is not None else 0.0,
             "prompt_memory_bytes": memory.used if memory is not None else 0,
             "prompt_memory_evictions": memory.evicted if memory is not None else 0,
-            "renders_by_heart": by_heart.repeated if by_heart is not None else 0,
+            "renders_by_heart": self.renders_by_heart,
         }
 
     def chat(self, body: dict[str, Any]) -> list[int]:
@@ -149,9 +158,11 @@ class PromptBuilder:
 
         Some 0.3 µs per message where all of them are plain texts, some 3 µs per message otherwise.
         """
-        if self._by_heart is not None and _RENDERED_FIELDS.isdisjoint(body):
-            plain = plain_texts(body.get("messages"))
-            if plain is not None and (text := self._by_heart.render(*plain)) is not None:
+        plain = plain_texts(body.get("messages"))
+        if plain is not None and (by_heart := self._known_by_heart(body)) is not None:
+            text = by_heart.render(*plain)
+            if text is not None:
+                self.renders_by_heart += 1
                 return text
         return self.render_in_full(body)
 
@@ -161,21 +172,22 @@ class PromptBuilder:
             raise Unrenderable(f"vLLM encodes chats for {self._own_chat_encoding} without a chat template")
         if body.get("chat_template") is not None:
             raise Unrenderable("the request brings its own chat template")
+        template, variables = self._setting(body)
+        _, resume = _continuation(body)
+        conversation = conversation_of(body.get("messages"), self._format_for(template))
+        return template.render(conversation, continue_final_message=resume, **variables)
+
+    def _setting(self, body: dict[str, Any]) -> tuple[ChatTemplate, dict[str, Any]]:
+        """The template a body is rendered with, and all it is given but the messages."""
         tools = tools_of(body.get("tools"))
         if self._drop_tools and body.get("tool_choice") == "none":
             tools = None
         template = self._template(with_tools=tools is not None)
-        content_format = self._format_for(template)
         arguments = self._arguments(body)
-        generate, resume = _continuation(body)
-        return template.render(
-            conversation_of(body.get("messages"), content_format),
-            tools=tools,
-            documents=_documents(body, arguments),
-            add_generation_prompt=generate,
-            continue_final_message=resume,
-            arguments=arguments,
-        )
+        generate, _ = _continuation(body)
+        documents = _documents(body, arguments)
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": generate, "arguments": arguments}
+        return template, given
 
     def completion(self, body: dict[str, Any]) -> list[list[int]]:
         """Token ids of a /v1/completions body, one list per prompt; prompts given as ids pass through.
@@ -208,14 +220,31 @@ class PromptBuilder:
             return pending()
         return await asyncio.to_thread(pending)
 
-    def _learn(self) -> TracedTemplate | None:
-        if self._own_chat_encoding:
+    def _known_by_heart(self, body: dict[str, Any]) -> TracedTemplate | None:
+        """What renders plain chats with the settings of ``body``, by their content."""
+        if _RENDERED_FIELDS.isdisjoint(body):
+            return self._by_heart
+        setting = {field: body[field] for field in _RENDERED_ORDER if field in body}
+        try:
+            key = msgspec.json.encode(setting)
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            return None
+        if key not in self._settings:
+            if len(key) > _LONGEST_SETTING:
+                return None
+            self._settings[key] = self._learn(body, _SETTING_BYTES)
+            if len(self._settings) > _MOST_SETTINGS:
+                self._settings.pop(next(iter(self._settings)), None)
+        return self._settings.get(key)
+
+    def _learn(self, body: dict[str, Any], limit: int) -> TracedTemplate | None:
+        if self._own_chat_encoding or body.get("chat_template") is not None or body.get("continue_final_message"):
             return None
         try:
-            template = self._template(with_tools=False)
-            return template.by_heart(self._arguments({}), self._format_for(template))
-        except Unrenderable:
+            template, variables = self._setting(body)
+        except (Unrenderable, InvalidRequest):
             return None
+        return template.by_heart(self._format_for(template), limit=limit, **variables)
 
     def _format_for(self, template: ChatTemplate) -> ContentFormat:
         return template.content_format if self._content_format == "auto" else self._content_format

@@ -27,7 +27,7 @@ from router.tokenizer_files import BuiltTokenizer, TokenizerFiles, build
 SEGMENT_CACHE_BYTES = 64 << 20
 MEMORY_BYTES = 256 << 20
 # Least text worth remembering: shorter text is encoded again in less time than it takes to find.
-_FAST_STEP = 2048
+_FAST_STEP = 4096
 _REFERENCE_STEP = 256
 # An encoding expected to take longer than this leaves the event loop.
 LOOP_BUDGET_S = 0.002

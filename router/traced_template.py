@@ -10,6 +10,7 @@ the two chats apart. A date the template writes is a condition too.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import Any, NamedTuple, NoReturn, cast
 
 from jinja2 import nodes
@@ -17,8 +18,7 @@ from jinja2.compiler import Frame
 from jinja2.environment import Environment
 from jinja2.nativetypes import NativeCodeGenerator
 
-MOST_PARTS = 100_000
-"""Pieces of all recordings together: some 10 MB."""
+_PLACE_BYTES = 100
 _MOST_VARIANTS = 4
 _PATIENCE = 32
 _COPIES = frozenset({"strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "replace", "lower", "upper"})
@@ -78,7 +78,7 @@ class Recording:
         self._not_empty = list(first)
         self._conditions = [c for c in conditions if c.ask is not bool or not c.answer or c.piece.steps]
         self._dates = dict(dates)
-        self.cost = len(merged) + len(conditions)
+        self.cost = sum(map(len, self._parts)) + _PLACE_BYTES * (len(merged) + len(conditions))
 
     def repeat(self, texts: Sequence[str], date: Callable[[str], str]) -> str | None:
         """The output for ``texts``; None where the template would tell them from those recorded."""
@@ -102,63 +102,79 @@ class Recording:
 
 
 class TracedTemplate:
-    """Renders chats of plain texts from recordings. Safe to share by threads."""
+    """Renders chats of plain texts from recordings; all of them with the same variables but for the messages.
 
-    def __init__(self, environment: Environment, source: str, variables: Variables, *, parts: bool) -> None:
-        """``environment`` is what the template is rendered with otherwise; ``variables`` makes the template's variables
-        from the messages; ``parts`` tells that contents are lists of one text part.
+    ``limit`` bounds the recordings, in bytes. Safe to share by threads.
+    """
+
+    def __init__(self, tracer: "Tracer", variables: Variables, *, parts: bool, limit: int) -> None:
+        """``variables`` makes the template's variables from the messages; ``parts`` tells that contents are lists of one
+        text part.
         """
-        self._date = cast("Callable[[str], str]", environment.globals["strftime_now"])
-        self._dates: dict[str, str] = {}
-        self._template = _prepared(environment, self._noted_date).from_string(source)
+        self._tracer = tracer
         self._variables = variables
         self._in_parts = parts
+        self._limit = limit
         self._known: dict[Roles, list[Recording]] = {}
-        self._parts = 0
+        self._bytes = 0
         self.repeated = 0
         self.traced = 0
 
     def render(self, roles: Roles, texts: Sequence[str]) -> str | None:
         """The output for messages of these roles and texts; None where only the template itself can tell."""
+        date = self._tracer.date
         for recording in self._known.get(roles, ()):
-            if (text := recording.repeat(texts, self._date)) is not None:
+            if (text := recording.repeat(texts, date)) is not None:
                 self.repeated += 1
                 return text
         if self.traced > _PATIENCE + self.repeated:
             return None  # recordings do not pay here
         self.traced += 1
-        made = self._record(roles, texts)
+        made = self._tracer.record(roles, texts, self._variables, parts=self._in_parts)
         if made is None:
             return None
         self._keep(roles, made)
-        return made.repeat(texts, self._date)
+        return made.repeat(texts, date)
 
-    def _record(self, roles: Roles, texts: Sequence[str]) -> Recording | None:
+    def _keep(self, roles: Roles, recording: Recording) -> None:
+        variants = [recording, *self._known.pop(roles, ())]
+        self._known[roles] = variants[:_MOST_VARIANTS]
+        self._bytes += recording.cost - sum(each.cost for each in variants[_MOST_VARIANTS:])
+        while self._bytes > self._limit and self._known:
+            self._bytes -= sum(each.cost for each in self._known.pop(next(iter(self._known))))
+
+
+class Tracer:
+    """One template, compiled to be run on texts that are no strings."""
+
+    def __init__(self, environment: Environment, source: str) -> None:
+        """``environment`` is what the template is rendered with otherwise."""
+        self.date = cast("Callable[[str], str]", environment.globals["strftime_now"])
+        self._dates: dict[str, str] = {}
+        self._lock = Lock()
+        self._template = _prepared(environment, self._noted_date).from_string(source)
+
+    def record(self, roles: Roles, texts: Sequence[str], variables: Variables, *, parts: bool) -> Recording | None:
+        """Run the template once; None where it does something to a text that is not recorded, or fails."""
         trace = _Trace()
         messages = []
         for index, (role, text) in enumerate(zip(roles, texts, strict=True)):
             content = Text(trace, Piece(index, ()), text)
             # vLLM hands a tool's answer to every template as one text.
-            in_parts = self._in_parts and role != "tool"
+            in_parts = parts and role != "tool"
             messages.append({"role": role, "content": [{"type": "text", "text": content}] if in_parts else content})
-        self._dates = {}
-        try:
-            context = self._template.new_context(self._variables(messages))
-            parts = _flat(self._template.root_render_func(context))
-        except (Exception, Untraceable):  # noqa: BLE001 - the template itself will say what is wrong
-            return None
-        return Recording(parts, trace.conditions, self._dates) if trace.intact else None
+        with self._lock:
+            self._dates = {}
+            try:
+                context = self._template.new_context(variables(messages))
+                written = _flat(self._template.root_render_func(context))
+            except (Exception, Untraceable):  # noqa: BLE001 - the template itself will say what is wrong
+                return None
+            return Recording(written, trace.conditions, self._dates) if trace.intact else None
 
     def _noted_date(self, pattern: str) -> str:
-        self._dates[pattern] = text = self._date(pattern)
+        self._dates[pattern] = text = self.date(pattern)
         return text
-
-    def _keep(self, roles: Roles, recording: Recording) -> None:
-        variants = [recording, *self._known.pop(roles, ())]
-        self._known[roles] = variants[:_MOST_VARIANTS]
-        self._parts += recording.cost - sum(each.cost for each in variants[_MOST_VARIANTS:])
-        while self._parts > MOST_PARTS and self._known:
-            self._parts -= sum(each.cost for each in self._known.pop(next(iter(self._known))))
 
 
 class _Trace:

@@ -466,3 +466,30 @@ def test_a_body_without_its_messages_is_the_same_request_to_vllm(kinds: dict[str
     lean = without_messages(LEAN, [str(ids).encode()])
     assert lean is not None
     assert theirs.chat(json.loads(lean)) == ids
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chats_with_settings_are_known_by_heart_too(name: str, kinds: dict[str, Path], tmp_path: Path) -> None:
+    ours = PromptBuilder.load(with_template(kinds["bytes"], tmp_path / "m", TEMPLATES[name]))
+    rng, rendered = random.Random(name), 0
+    tools = [[{"type": "function", "function": {"name": f"f{n}", "parameters": {"n": n}}}] for n in range(3)]
+    for _ in range(250):
+        turns = ("user", "assistant") * 3
+        messages = [{"role": role, "content": random_text(rng, 5)} for role in turns[: rng.choice([1, 3, 5])]]
+        body: dict[str, Any] = {"messages": messages}
+        settings = {
+            "tools": rng.choice(tools),
+            "add_generation_prompt": False,
+            "chat_template_kwargs": {"enable_thinking": rng.choice([True, 1, 1.0, False, "x"])},
+            "reasoning_effort": rng.choice(["none", "low"]),
+            "documents": [{"text": rng.choice(["a", "b"])}],
+            "tool_choice": "none",
+            "continue_final_message": True,
+        }
+        body |= {key: value for key, value in settings.items() if rng.random() < 0.3}
+        found, expected = outcome(ours.render, body), outcome(ours.render_in_full, body)
+        assert found == expected, body
+        rendered += isinstance(found, str)
+    assert rendered > 50
+    assert len(ours._settings) <= 32
+    assert ours.renders_by_heart > 20 or name == "dumping"

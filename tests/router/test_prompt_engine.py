@@ -14,6 +14,7 @@ import pytest
 from router.errors import InvalidRequest, Unrenderable
 from router.parity import check_parity, probes
 from router.prompt import PromptBuilder, splice_token_ids, tokenize_request
+from router.splice import without_messages
 from tests.router.prompt_samples import random_chat, random_text
 from tests.support.engine import Engine, serve_engine
 
@@ -95,6 +96,30 @@ def test_chats_carry_their_ids(engine: Engine, builder: PromptBuilder) -> None:
         assert plain["prompt_token_ids"] == carried["prompt_token_ids"] == ids, name
         assert plain["choices"][0]["token_ids"] == carried["choices"][0]["token_ids"], name
         assert plain["choices"][0]["message"] == carried["choices"][0]["message"], name
+
+
+def test_a_conversation_that_grows_is_tokenized_as_the_worker_does(engine: Engine, builder: PromptBuilder) -> None:
+    async def both(body: dict[str, Any]) -> None:
+        ids = await builder.chat_async(body)
+        assert ids.tolist() == tokens(engine, tokenize_request(body, "chat"))
+
+    rng, messages = random.Random(9), [{"role": "system", "content": "word\nWord é " * 600}]
+    for turn in range(12):
+        messages += [{"role": ("user", "assistant")[turn % 2], "content": random_text(rng, 60)}]
+        asyncio.run(both({"messages": messages}))
+    assert builder.figures()["tokens_remembered"] > 10_000
+
+
+def test_chats_go_without_their_messages(engine: Engine, builder: PromptBuilder) -> None:
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é 中文 <|im_end|> 2+2?"}]
+    for extra in ({}, {"n": 2, "seed": 5, "temperature": 0.8}, {"logprobs": True, "top_logprobs": 2, "stop": ["zz"]}):
+        body = {"model": "small", "max_tokens": 6, "temperature": 0, "messages": talk, **extra}
+        lean = without_messages(body, [json.dumps(builder.chat(body)).encode()])
+        assert lean is not None
+        plain = answer(engine, "/v1/chat/completions", json.dumps(body).encode())
+        carried = answer(engine, "/v1/chat/completions", lean)
+        assert plain["choices"] == carried["choices"], extra
+        assert plain["usage"]["prompt_tokens"] == carried["usage"]["prompt_tokens"]
 
 
 def test_carried_ids_are_the_ones_used(engine: Engine) -> None:

@@ -150,7 +150,7 @@ def rendered(template: ChatTemplate, roles: tuple[str, ...], texts: list[str]) -
 
 
 def by_heart(template: ChatTemplate) -> TracedTemplate:
-    found = template.by_heart({}, template.content_format)
+    found = template.by_heart(template.content_format)
     assert found is not None
     return found
 
@@ -222,14 +222,15 @@ def test_a_recording_ends_with_its_day(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_recordings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traced_template, "MOST_PARTS", 200)
     monkeypatch.setattr(traced_template, "_PATIENCE", 10_000)
-    traced = by_heart(ChatTemplate(THINKING, SPECIAL))
+    template = ChatTemplate(THINKING, SPECIAL)
+    traced = template.by_heart(template.content_format, limit=20_000)
+    assert traced is not None
     rng = random.Random(3)
     for _ in range(300):
         texts = [rng.choice(["</think>", "x"]) for _ in range(rng.randrange(1, 9))]
         traced.render(("assistant",) * len(texts), texts)
-        assert traced._parts == sum(each.cost for known in traced._known.values() for each in known) <= 200
+        assert traced._bytes == sum(each.cost for known in traced._known.values() for each in known) <= 20_000
         assert all(len(known) <= 4 for known in traced._known.values())
 
 
