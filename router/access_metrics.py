@@ -24,7 +24,9 @@ class AccessState(Collector):
     def collect(self) -> Iterator[Metric]:
         yield _count("retries", "Retries that the budget was charged for", self._retries.taken)
         yield _count("retries_refused", "Retries that were not made for want of budget", self._retries.exhausted)
-        yield _count("displaced_requests", "Requests that left a full queue to a better claim", self._admission.displaced)
+        yield _count(
+            "displaced_requests", "Requests that left a full queue to a better claim", self._admission.displaced
+        )
         if self._access is not None:
             yield _count("refused_keys", "Requests without a key that is in force", self._access.refused)
             error = "Whether the file of keys could not be used when it last changed"
