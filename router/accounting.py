@@ -22,7 +22,7 @@ _TAILS = (re.compile(r"-[0-9a-f]{8}$"), re.compile(r"-\d+$"), re.compile(r"-\d+-
 
 class Decision(msgspec.Struct, eq=False):
     """One routed request. Tokens throughout; times in seconds; ``at`` is Unix time. ``actual_hit_tokens`` is what the worker
-    reported by tier, None until it did; ``missing`` the first chunk, in hexadecimal, that its worker lacked."""
+    reported by tier, None until it did; ``missing`` the first chunk, in hexadecimal, that its worker lacked; ``parts`` the pieces a stream came in."""
 
     request_id: str
     at: float
@@ -37,6 +37,7 @@ class Decision(msgspec.Struct, eq=False):
     actual_hit_tokens: dict[str, int] | None = None
     cached_tokens: int | None = None
     attempts: int = 0
+    parts: int = 0
     status: int = 0
     outcome: str = "running"
     ttft_s: float | None = None

@@ -8,6 +8,7 @@ from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
 from kv_protocol.messages import Admitted
+from router import loop_lag
 from router.access import PROBES, TENANT, make_access, shown_key
 from router.access_metrics import AccessState
 from router.accounting import Accounting, Decision
@@ -106,6 +107,7 @@ class Gateway:
         self._spawn(Sweeper(self.index, audit_entries=self.settings.verify_entries, wrong=self._miscarried).run())
         if self.access is not None and self.settings.api_keys_file:
             self._spawn(self.access.watch(self.settings.config_interval))
+        self._spawn(loop_lag.watch(self.metrics.loop_lag))
         try:
             async with asyncio.timeout(FIRST_CHECK_S):
                 await self.control.start()

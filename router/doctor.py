@@ -277,7 +277,8 @@ def _compare(workers: Sequence[WorkerExam]) -> Iterable[Finding]:
         known = [worker for worker in serving if worker.sample is not None]
         yield from _same("same-tokens", model, known, lambda w: w.sample, otherwise="fail", fix=fix, show=len)
     fix = "finish the rolling upgrade"
-    yield from _same("same-version", "workers", workers, lambda w: w.versions, otherwise="warn", fix=fix)
+    answering = [worker for worker in workers if worker.engine_version]
+    yield from _same("same-version", "workers", answering, lambda w: w.versions, otherwise="warn", fix=fix)
 
 
 def _same(

@@ -26,11 +26,13 @@ _ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class Delivery(msgspec.Struct, eq=False):
-    """What a response told. ``broken`` says why it ended early, though its client was told."""
+    """What a response told. ``broken`` says why it ended early, though its client was told; ``parts`` are the pieces an
+    event stream came in."""
 
     status: int = 0
     cached_tokens: int | None = None
     broken: UpstreamError | None = None
+    parts: int = 0
     meter: Meter | None = None
 
     def scan(self, data: bytes) -> None:
@@ -118,6 +120,7 @@ async def _stream(
             delivery.scan(data)
             if data:
                 await client.write(data)
+            delivery.parts += 1
             data = await connection.read()
     except asyncio.CancelledError:
         if not client.gone:

@@ -1,18 +1,39 @@
 """What Prometheus sees: counters kept along the request path, and the state of workers and index as of the scrape."""
 
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router import logs, loop_lag
 from router.admission import Admission
 from router.index import Index
 from router.totals import Family, families_of
 from router.workers import Registry, Worker
 
+if TYPE_CHECKING:
+    from router.accounting import Decision
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _ROUTING_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1)
+_GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_REASONS = frozenset(
+    {
+        "at random",
+        "hot prefix",
+        "least loaded",
+        "less loaded of two",
+        "longest hit",
+        "no hit; least loaded",
+        "no session; least loaded",
+        "round robin",
+        "saturated",
+        "the session's worker",
+    }
+)
 
 
 class Metrics:
@@ -34,6 +55,13 @@ class Metrics:
         self.token_counts = self._counter("token_counts", "Prompt lengths compared", "worker", "result")
         self.tokenized = self._counter("tokenized_prompts", "Who tokenized the prompts", "model", "by")
         self.config_changes = self._counter("config_changes", "Changes of settings while running", "result")
+        self.decisions = self._counter("decisions", "Choices by the kind of their reason", "reason")
+        self._by_reason = {kind: self.decisions.labels(kind) for kind in (*_REASONS, "first token", "other")}
+        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late timers are", loop_lag.BUCKETS)
+        self.token_gap = self._histogram(
+            "inter_token_seconds", "Between the parts of a stream, averaged over it", _GAP_SECONDS, "worker"
+        )
+        ProcessCollector(registry=self._registry)
         self.ttft = self._histogram("ttft_seconds", "From request to first response byte", _SECONDS, "worker")
         self.duration = self._histogram("request_seconds", "From request to last byte", _SECONDS, "worker")
         self.routing = self._histogram("routing_seconds", "From parsed request to chosen worker", _ROUTING_SECONDS)
@@ -50,6 +78,13 @@ class Metrics:
         """The same as data, to be merged with other processes'. O(series)."""
         return families_of(self._registry)
 
+    def decided(self, reason: str) -> None:
+        """Count a choice under the kind of its reason: the words before its figures."""
+        kind = reason.partition(":")[0]
+        if kind not in _REASONS:
+            kind = "first token" if kind.startswith("first token") else "other"
+        self._by_reason[kind].inc()
+
     def of_worker(self, worker: str) -> "WorkerSeries":
         """The series of one worker that every request touches, looked up once."""
         if worker not in self._of_worker:
@@ -60,7 +95,7 @@ class Metrics:
         """Drop the series of a removed worker, so that they do not pile up."""
         self._of_worker.pop(worker, None)
         by_worker = (self.prompt_tokens, self.predicted, self.requests, self.actual, self.predictions, self.failures)
-        for family in (*by_worker, self.token_counts, self.abandoned, self.broken, self.ttft, self.duration):
+        for family in (*by_worker, self.token_counts, self.abandoned, self.broken, self.ttft, self.duration, self.token_gap):
             family.remove_by_labels({"worker": worker})
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -78,6 +113,7 @@ class WorkerSeries:
         self.predicted = metrics.predicted.labels(worker)
         self.ttft = metrics.ttft.labels(worker)
         self.duration = metrics.duration.labels(worker)
+        self.token_gap = metrics.token_gap.labels(worker)
         self._counts = {
             equal: metrics.token_counts.labels(worker, result)
             for equal, result in ((True, "equal"), (False, "different"))
@@ -85,6 +121,14 @@ class WorkerSeries:
         self._requests = metrics.requests
         self._worker = worker
         self._by_status: dict[tuple[str, int], Counter] = {}
+
+    def ended(self, decision: "Decision") -> None:
+        """Observe how long a request took, and what lay between the parts of its stream."""
+        if (seconds := decision.duration_s) is None:
+            return
+        self.duration.observe(seconds)
+        if decision.parts > 1 and decision.ttft_s is not None:
+            self.token_gap.observe((seconds - decision.ttft_s) / (decision.parts - 1))
 
     def counted(self, *, equal: bool) -> None:
         """Count a comparison of a prompt's length here and at the worker."""
@@ -114,7 +158,10 @@ class _State(Collector):
         yield _gauge("queued_requests", "Requests waiting to be served", self._admission.queued)
         yield _gauge("held_body_bytes", "Request bodies held", self._admission.bytes)
         yield _gauge("index_entries", "Chunks that some worker holds", len(self._index))
+        yield CounterMetricFamily("warmroute_router_log_lines_dropped", "Log lines not written", value=logs.dropped)
         yield from self._of_workers()
+        yield self._breakers()
+        yield self._ages()
         yield self._sources()
         yield self._chunks()
         yield self._relists()
@@ -145,6 +192,22 @@ class _State(Collector):
         family = CounterMetricFamily(f"warmroute_router_{name}", text, labels=("worker",))
         for worker in self._workers.workers:
             family.add_metric((worker.name,), value(worker))
+        return family
+
+    def _breakers(self) -> Metric:
+        text = "The state the worker's breaker is in: 1 for that, 0 for the others"
+        family = GaugeMetricFamily("warmroute_router_worker_breaker_state", text, labels=("worker", "state"))
+        for worker in self._workers.workers:
+            for state in ("closed", "open", "half-open"):
+                family.add_metric((worker.name, state), worker.breaker.state == state)
+        return family
+
+    def _ages(self) -> Metric:
+        text = "Since the worker's last heartbeat: the age of what is known of its cache"
+        family = GaugeMetricFamily("warmroute_router_worker_index_age_seconds", text, labels=("worker",))
+        for worker in self._workers.workers:
+            if worker.heartbeat is not None:
+                family.add_metric((worker.name,), max(0.0, time.monotonic() - worker.heartbeat_at))
         return family
 
     def _sources(self) -> Metric:

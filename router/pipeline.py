@@ -304,7 +304,7 @@ class Pipeline:
             worker.load.finished(flight)
             decision.outcome = outcome
             decision.duration_s = time.perf_counter() - journey.started
-            self._metrics.of_worker(worker.name).duration.observe(decision.duration_s)
+            self._metrics.of_worker(worker.name).ended(decision)
             if outcome == "abandoned":
                 worker.breaker.abandoned(generation)
                 self._metrics.abandoned.labels(worker.name).inc()
@@ -348,6 +348,7 @@ class Pipeline:
         plan, decision, worker = journey.plan, journey.decision, routed.choice.worker
         decision.worker = worker.name
         decision.reason = routed.choice.reason
+        self._metrics.decided(decision.reason)
         if journey.failures:
             decision.reason += f"; after {', '.join(journey.failures)} failed"
         decision.predicted_hit_tokens = hit.total
@@ -367,6 +368,7 @@ class Pipeline:
     def _delivered(self, worker: Worker, pool: Pool, decision: Decision, delivery: Delivery, generation: int) -> str:
         decision.status = delivery.status
         decision.cached_tokens = delivery.cached_tokens
+        decision.parts = delivery.parts
         series = self._metrics.of_worker(worker.name)
         series.answered(pool.model, delivery.status)
         if delivery.broken is not None:
