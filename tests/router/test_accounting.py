@@ -9,6 +9,7 @@ from kv_protocol.messages import Admitted
 from router import app, pipeline
 from router.pool_prompts import PoolPrompts
 from router.prompt import PromptBuilder
+from router.prompt_ids import PromptIds
 from router.workers import Worker
 from tests.support.simulated_worker import (
     CHUNK,
@@ -29,19 +30,20 @@ class BytesBuilder(PromptBuilder):
     """Tokenizes as the simulated worker does."""
 
     def __init__(self) -> None:
-        pass
+        self.memory = None
+        self.renders_by_heart = 0
 
     def chat(self, body: dict[str, Any]) -> list[int]:
         return prompt_tokens(body)
 
-    async def chat_async(self, body: dict[str, Any], size: int | None = None) -> list[int]:  # noqa: ARG002
-        return self.chat(body)
+    async def chat_async(self, body: dict[str, Any]) -> PromptIds:
+        return PromptIds.of(self.chat(body))
 
     def completion(self, body: dict[str, Any]) -> list[list[int]]:
         return [prompt_tokens(body)]
 
-    async def completion_async(self, body: dict[str, Any], size: int | None = None) -> list[list[int]]:  # noqa: ARG002
-        return self.completion(body)
+    async def completion_async(self, body: dict[str, Any]) -> list[PromptIds]:
+        return [PromptIds.of(ids) for ids in self.completion(body)]
 
 
 async def tokenizing(gateway: RunningGateway) -> tuple[PoolPrompts, Worker]:

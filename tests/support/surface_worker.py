@@ -121,7 +121,8 @@ class BytesBuilder(PromptBuilder):
     """Tokenizes chats as the simulated worker does: a token per byte of text."""
 
     def __init__(self) -> None:
-        pass
+        self.memory = None
+        self.renders_by_heart = 0
 
     def template_source(self, *, with_tools: bool) -> str | None:
         del with_tools
@@ -134,6 +135,5 @@ class BytesBuilder(PromptBuilder):
         given = (body.get("kv_transfer_params") or {}).get("prompt_token_ids")
         return list(given) if given is not None else list(text_of(body).encode())
 
-    async def chat_async(self, body: dict[str, Any], size: int | None = None) -> PromptIds:
-        del size
+    async def chat_async(self, body: dict[str, Any]) -> PromptIds:
         return PromptIds.of(self.chat(body))
