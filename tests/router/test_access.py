@@ -505,6 +505,24 @@ def test_simulated_keys_are_taken_from_the_file_while_serving(tmp_path: Path) ->
     run(scenario())
 
 
+@pytest.mark.parametrize("key", ["file:/etc/hostname", "env:HOME"])
+def test_simulated_workers_that_are_added_cannot_ask_for_this_machines_secrets(key: str) -> None:
+    async def scenario() -> None:
+        worker, trap = await SimulatedWorker().start(), await SimulatedWorker().start()
+        async with running_gateway(worker) as gateway:
+            body = {"url": trap.url, "reports": "none", "key": key}
+            answer = await gateway.client.post("/admin/workers", json=body)
+            assert answer.status_code == 400
+            answer = await gateway.client.post("/admin/workers", json=body | {"key": "its-own"})
+            assert answer.status_code == 201
+            assert "its-own" not in answer.text + (await gateway.client.get("/admin/workers")).text
+            await until(lambda: trap.requests)
+            assert all(headers["authorization"] == "Bearer its-own" for _, headers, _ in trap.requests)
+        await trap.kill()
+
+    run(scenario())
+
+
 def test_simulated_other_origins_are_for_those_named() -> None:
     preflight = {"origin": "https://page.example", "access-control-request-method": "POST"}
 
