@@ -12,10 +12,12 @@ than measurements of one speed do are taken as equally fast, lest the luckiest m
 
 The worker with the least prediction would serve this request best and the next ones worse: seconds of computing delay
 whoever comes after, and what they compute evicts what others hold, while seconds of waiting are spent by nobody else.
-So computing counts ``compute_weight`` times when workers are compared. Of equals the least loaded is taken, and of those
+So computing counts ``compute_weight`` times when workers are compared, among those that are not predicted to be more than
+``GIVEN_UP_S`` later than the soonest. Of equals the least loaded is taken, and of those
 one at random.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,6 +31,8 @@ ALIKE = 0.15
 """A speed this close to the mean, as a share of it, is the mean."""
 ALIKE_S = 0.02
 """A fixed part this close to the mean, in seconds, is the mean."""
+GIVEN_UP_S = 1.0
+"""The most that a request waits for the others' sake, in seconds beyond the least prediction."""
 SAME_S = 0.001
 """Costs that differ by less, in seconds, are equal."""
 
@@ -63,7 +67,8 @@ class LeastTtft:
 
     def choose(self, query: Query, candidates: Sequence[Candidate]) -> Choice:
         predictions = predict(query, candidates)
-        costs = [prediction.cost(self._weight) for prediction in predictions]
+        latest = min(prediction.total for prediction in predictions) + GIVEN_UP_S
+        costs = [part.cost(self._weight) if part.total <= latest else math.inf for part in predictions]
         enough = min(costs) + SAME_S
         equal = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost <= enough]
         chosen = equal[0] if len(equal) == 1 else pick(equal, self._rng)

@@ -230,11 +230,18 @@ def least_ttft(weight: float = 4.0) -> LeastTtft:
 
 
 def test_least_ttft_weighs_waiting_against_computing() -> None:
-    warm = candidate("a", 4000, load=15_990)._replace(gpu_tokens=4000)
-    assert chosen(least_ttft(), warm, candidate("b"))[0] == "a"
-    assert chosen(least_ttft(), warm._replace(load=16_010), candidate("b"))[0] == "b"
-    assert chosen(least_ttft(1.0), warm._replace(load=3_990), candidate("b"))[0] == "a"
-    assert chosen(least_ttft(1.0), warm._replace(load=4_010), candidate("b"))[0] == "b"
+    quick = candidate("b", speed=100_000)
+    warm = candidate("a", 4000, load=15_800, speed=100_000)._replace(gpu_tokens=4000)
+    assert chosen(least_ttft(), warm, quick)[0] == "a"
+    assert chosen(least_ttft(), warm._replace(load=16_200), quick)[0] == "b"
+    assert chosen(least_ttft(1.0), warm._replace(load=3_800), quick)[0] == "a"
+    assert chosen(least_ttft(1.0), warm._replace(load=4_200), quick)[0] == "b"
+
+
+def test_nobody_waits_more_than_a_second_for_the_others_sake() -> None:
+    idle, warm = candidate("b"), candidate("a", 4000, load=4_990)._replace(gpu_tokens=4000)
+    assert chosen(least_ttft(), warm, idle)[0] == "a"
+    assert chosen(least_ttft(), warm._replace(load=5_010), idle)[0] == "b"
 
 
 def test_least_ttft_says_what_it_expects() -> None:
