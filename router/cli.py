@@ -99,7 +99,9 @@ def explain(
 
 @app.command()
 def doctor(
-    targets: Annotated[list[str], typer.Argument(help="URLs of gateways, and of workers: URL[,reports=HOST:PORT|none]")],
+    targets: Annotated[
+        list[str], typer.Argument(help="URLs of gateways, and of workers: URL[,reports=HOST:PORT|none]")
+    ],
     *,
     token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateways")] = "",
     report_token: Annotated[
@@ -120,6 +122,27 @@ def doctor(
     except ConfigError as error:
         _quit(str(error))
     raise typer.Exit(status)
+
+
+@app.command()
+def register(
+    gateways: Annotated[list[str], typer.Argument(help="URLs of the gateways")],
+    *,
+    worker: Annotated[str, typer.Option(help="URL[,reports=HOST:PORT|none][,name=NAME] as the gateways reach it")],
+    ttl: Annotated[float, typer.Option(min=0.5, help="seconds without renewal after which it is drained")] = 30.0,
+    token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateways")] = "",
+) -> None:
+    """Keep a worker registered at gateways while it is well; run it beside the worker."""
+    from router.config import WorkerSpec  # noqa: PLC0415 - keeps the other commands quick
+    from router.discovery.registration import register as keep  # noqa: PLC0415
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        spec = WorkerSpec.parse(worker)
+    except ValueError as error:
+        _quit(str(error))
+    asyncio.run(keep(spec, gateways, ttl=ttl, token=token))
 
 
 @app.command()

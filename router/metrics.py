@@ -95,7 +95,15 @@ class Metrics:
         """Drop the series of a removed worker, so that they do not pile up."""
         self._of_worker.pop(worker, None)
         by_worker = (self.prompt_tokens, self.predicted, self.requests, self.actual, self.predictions, self.failures)
-        for family in (*by_worker, self.token_counts, self.abandoned, self.broken, self.ttft, self.duration, self.token_gap):
+        for family in (
+            *by_worker,
+            self.token_counts,
+            self.abandoned,
+            self.broken,
+            self.ttft,
+            self.duration,
+            self.token_gap,
+        ):
             family.remove_by_labels({"worker": worker})
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -61,3 +61,23 @@ def test_a_host_that_is_no_name_is_down_and_not_the_end_of_the_checks() -> None:
             await until(lambda: odd is not None and "cannot be reached" in odd.down_reason and odd.reports_error)
 
     run(scenario())
+
+
+def test_simulated_adapters_loaded_while_a_worker_runs_are_noticed() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(worker, health_interval=0.02, models_interval=0.05) as gateway:
+            inner = gateway.gateway
+            parity = inner.registry.workers[0].parity
+            assert (await gateway.chat("x", model="late")).status_code == 404
+            worker.loras = ["late"]
+            await until(lambda: "late" in inner.registry.pools)
+            assert (await gateway.chat("x", model="late")).status_code == 200
+            assert inner.registry.workers[0].parity == parity, "nothing else was examined again"
+            worker.loras = []
+            await until(lambda: "late" not in inner.registry.pools)
+            worker.model_list = (500, b"")
+            await until(lambda: len(worker.served("/v1/models")) > 8)
+            assert (await gateway.chat("x")).status_code == 200
+
+    run(scenario())

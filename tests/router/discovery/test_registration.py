@@ -1,0 +1,52 @@
+"""A worker that registers itself."""
+
+import asyncio
+
+import httpx
+
+from router.config import WorkerSpec
+from router.discovery.registration import Registration
+from tests.support.simulated_worker import SimulatedWorker, run, running_gateway, until
+
+
+def test_simulated_a_worker_keeps_its_lease_and_leaves_without_loss() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(admin_token="t") as one, running_gateway(admin_token="t") as two:
+            urls = [f"http://127.0.0.1:{gateway.port}/" for gateway in (one, two)]
+            spec = WorkerSpec.parse(worker.spec("self"))
+            stop = asyncio.Event()
+            keeping = asyncio.create_task(Registration(spec, urls, ttl=0.9, token="t").run(stop))
+            for gateway in (one, two):
+                registry = gateway.gateway.registry
+                await until(lambda registry=registry: registry.get("self") and registry.get("self").up)
+            await asyncio.sleep(1.5)
+            assert one.gateway.registry.get("self") is not None
+            worker.hold_head.clear()
+            asking = asyncio.create_task(one.chat("x"))
+            await until(lambda: worker.served("/v1/chat/completions"))
+            stop.set()
+            await keeping
+            await until(lambda: getattr(one.gateway.registry.get("self"), "draining", True))
+            worker.hold_head.set()
+            assert (await asking).status_code == 200
+            await until(lambda: not len(one.gateway.registry) and not len(two.gateway.registry))
+        await worker.kill()
+
+    run(scenario())
+
+
+def test_simulated_a_worker_that_is_not_well_is_not_registered() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        worker.status = 503
+        async with running_gateway() as gateway, httpx.AsyncClient() as client:
+            url = f"http://127.0.0.1:{gateway.port}"
+            registration = Registration(WorkerSpec.parse(worker.spec("self")), [url, "http://127.0.0.1:9"], ttl=5)
+            assert await registration.renew(client) == 0
+            worker.status = 200
+            assert await registration.renew(client) == 1, "one gateway that is away does not keep it from the other"
+            assert gateway.gateway.registry.get("self") is not None
+        await worker.kill()
+
+    run(scenario())
