@@ -30,7 +30,7 @@ from typing import Any
 from kv_protocol.hashing import root_hash
 from router.prompt import PromptBuilder
 from router.prompt_ids import PromptIds
-from router.splice import LEAN_FROM, Kind, ids_of, splice, without_messages
+from router.splice import LEAN_FROM, Kind, ids_of, splice, with_prompt, without_messages
 
 CHUNK_SIZE = 256
 STEPS = ("render", "tokenize", "hash", "splice", "together")
@@ -124,7 +124,8 @@ def _travel(
     marks.append(clock())
     for (kind, raw, body), ids in zip(group, prompts, strict=True):
         encoded = ids_of([ids], several=False)
-        lean = without_messages(body, encoded) if kind == "chat" and len(raw) >= LEAN_FROM else None
+        shorten = without_messages if kind == "chat" else with_prompt
+        lean = shorten(body, encoded) if len(raw) >= LEAN_FROM else None
         _ = lean or splice(raw, encoded, kind, given=False)
     marks.append(clock())
     for step, (start, end) in zip(STEPS, (*pairwise(marks), (marks[0], marks[-1])), strict=True):

@@ -77,12 +77,11 @@ class Boundaries:
             lines = _lines_are_free(added) and _lines_are_words(serialized)
         return cls([mark for mark in dict.fromkeys(marks) if _is_safe(mark, added)], lines=lines)
 
-    def last_mark(self, text: str, end: int) -> int:
-        """The last cut before ``end`` at a special token; 0 where there is none. O(distance)."""
-        best = 0
+    def last_mark(self, text: str, end: int, start: int = 0) -> int:
+        """The last cut before ``end`` at a special token; ``start`` where there is none after it. O(distance)."""
+        best = start
         for mark in self.marks:
-            found = text.rfind(mark, best, end)
-            best = max(best, found)
+            best = max(best, text.rfind(mark, best, end))
         return best
 
     def last_line(self, text: str, start: int, end: int) -> int:
@@ -96,11 +95,11 @@ class Boundaries:
 
     def first(self, text: str, start: int, limit: int) -> int:
         """The first cut at ``start`` or after it, of either kind; ``limit`` where there is none before it."""
-        best = limit
+        best = self._first_line(text, start, limit) if self.lines else limit
         for mark in self.marks:
-            found = text.find(mark, start, best)
-            best = found if found >= 0 else best
-        return self._first_line(text, start, best) if self.lines else best
+            found = text.find(mark, start, min(limit, best + len(mark)))
+            best = found if 0 <= found < best else best
+        return best
 
     def _first_line(self, text: str, start: int, limit: int) -> int:
         at = text.find("\n", max(start, 1) - 1, limit - 1)

@@ -38,7 +38,7 @@ from router.policies import Candidate, Choice, Policy, Query, candidate
 from router.pool_prompts import PoolPrompts, Tokenized
 from router.queue import NOBODY
 from router.retries import RetryBudget, backoff
-from router.splice import LEAN_FROM, Kind, can_carry_ids, ids_of, splice, without_messages
+from router.splice import LEAN_FROM, Kind, can_carry_ids, ids_of, splice, with_prompt, without_messages
 from router.surface import HOT, Surface, target_of, unscored_prompt
 from router.workers import Flight, Pool, Registry, Worker, least_bad
 
@@ -416,8 +416,8 @@ class Pipeline:
             return request.raw
         several = completion and isinstance(request.body["prompt"], list)
         encoded = ids_of(tokenized.prompts, several=several)
-        if not completion and len(request.raw) >= LEAN_FROM:
-            lean = without_messages(request.body, encoded)
+        if len(request.raw) >= LEAN_FROM:
+            lean = (with_prompt if completion else without_messages)(request.body, encoded)
             if lean is not None:
                 return lean
         return splice(request.raw, encoded, request.kind, given="kv_transfer_params" in request.body)

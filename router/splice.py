@@ -6,7 +6,7 @@ bytes of its other members.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -19,11 +19,11 @@ Kind = Literal["chat", "completions", "messages", "responses", "generate", "stor
 """How a request is read. Prompts are of the first five kinds; ``stored`` asks for a response made before, ``load`` is
 everything routed by load alone."""
 LEAN_FROM = 16 << 10
-"""Bytes of a chat from which its messages are worth leaving behind: below that the worker saves nothing measurable."""
+"""Bytes of a body from which its text is worth leaving behind: below that nothing measurable is saved."""
 # Members that neither the template nor a parser reads.
 _KEPT_FIELDS = frozenset(
     """
-    cache_salt frequency_penalty ignore_eos logprobs max_completion_tokens max_tokens messages min_p min_tokens model n
+    cache_salt frequency_penalty ignore_eos logprobs max_completion_tokens max_tokens min_p min_tokens model n
     presence_penalty priority repetition_penalty seed stop stream stream_options temperature top_k top_logprobs top_p user
     """.split()  # noqa: SIM905 - a table of names
 )
@@ -78,27 +78,41 @@ def without_messages(body: Mapping[str, Any], encoded: Sequence[bytes]) -> bytes
     differs between chats of plain texts in well-known roles without such fields; only those lose their messages, and
     only with members whose values survive being written again.
     """
-    if not body.keys() <= _KEPT_FIELDS or plain_texts(body.get("messages")) is None:
-        return None
-    if not all(_survives(value) for value in _values(body)):
+    if plain_texts(body.get("messages")) is None or not _can_be_rewritten(body, "messages"):
         return None
     short = msgspec.json.encode({**body, "messages": [{"role": "user", "content": ""}]})
     return b"".join((short[:-1], b",", _OPENING, *encoded, b"}}"))
 
 
+def with_prompt(body: Mapping[str, Any], encoded: Sequence[bytes]) -> bytes | None:
+    """A completion's body with ids in the place of its text, made without reading the text again; None where a member's
+    value may not survive being written again.
+    """
+    if not _can_be_rewritten(body, "prompt"):
+        return None
+    short = msgspec.json.encode({key: value for key, value in body.items() if key != "prompt"})
+    comma = b"," if len(body) > 1 else b""
+    return b"".join((short[:-1], comma, b'"prompt":', *encoded, b"}"))
+
+
+def _can_be_rewritten(body: Mapping[str, Any], prompt: str) -> bool:
+    return all(
+        key == prompt or (key in _KEPT_FIELDS and all(map(_survives, _values(key, value))))
+        for key, value in body.items()
+    )
+
+
+def _values(key: str, value: Any) -> Iterable[Any]:
+    if key == "stop" and isinstance(value, list):
+        return value
+    if key == "stream_options" and isinstance(value, dict):
+        return value.values()
+    return (value,)
+
+
 def _survives(value: Any) -> bool:
     # Whole numbers beyond 64 bits are read as floats here, and as what they are by the worker.
     return type(value) in _KEPT_TYPES and not (type(value) is float and abs(value) >= _EXACT)
-
-
-def _values(body: Mapping[str, Any]) -> Iterator[Any]:
-    for key, value in body.items():
-        if key == "stop" and isinstance(value, list):
-            yield from value
-        elif key == "stream_options" and isinstance(value, dict):
-            yield from value.values()
-        elif key != "messages":
-            yield value
 
 
 def ids_of(prompts: Sequence[PromptIds], *, several: bool) -> list[bytes]:

@@ -124,19 +124,25 @@ class TokenMemory:
 
     def _cuts_backwards(self, text: str) -> Iterator[int]:
         end = len(text)
-        at = self._boundaries.last_mark(text, end)
-        if self._boundaries.lines and end - at > _SHORT_TAIL:
-            line = end
-            for _ in range(_MAX_PROBES):
-                line = self._boundaries.last_line(text, at, line)
-                if line <= at:
-                    break
-                yield line
+        floor = max(0, end - _SHORT_TAIL)
+        at = self._boundaries.last_mark(text, end, floor)
+        if at == floor:
+            if self._boundaries.lines:
+                yield from self._lines_backwards(text)
+            at = self._boundaries.last_mark(text, end)
         for _ in range(_MAX_PROBES):
             if at <= 0:
                 return
             yield at
             at = self._boundaries.last_mark(text, at)
+
+    def _lines_backwards(self, text: str) -> Iterator[int]:
+        line = len(text)
+        for _ in range(_MAX_PROBES):
+            line = self._boundaries.last_line(text, 0, line)
+            if line <= 0:
+                return
+            yield line
 
     def _from_start(self, text: str, special: bool) -> list[Prefix]:
         """Texts encoded from their start are cut by their own content only, so equal beginnings have equal cuts."""
@@ -168,10 +174,12 @@ class TokenMemory:
 
     def _last_cut(self, text: str, start: int) -> int:
         end = len(text)
-        mark = max(self._boundaries.last_mark(text, end), start)
-        if self._boundaries.lines and end - mark > _SHORT_TAIL:
-            return self._boundaries.last_line(text, mark, end)
-        return mark
+        floor = max(start, end - _SHORT_TAIL)
+        mark = self._boundaries.last_mark(text, end, floor)
+        if mark > floor:
+            return mark
+        line = self._boundaries.last_line(text, start, end) if self._boundaries.lines else start
+        return line if line > start else self._boundaries.last_mark(text, end, start)
 
     def _keep(self, key: _Key, prefix: Prefix) -> None:
         with self._lock:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from router import conversation
 from router.errors import ConfigError, InvalidRequest, Unrenderable
 from router.prompt import PromptBuilder, _Pending, can_carry_ids, splice_token_ids, tokenize_request
-from router.splice import without_messages
+from router.splice import with_prompt, without_messages
 from tests.router.prompt_samples import TEMPLATES, make_tokenizers, random_chat, random_text
 from tests.router.vllm_reference import Reference, Refused
 
@@ -493,3 +493,13 @@ def test_chats_with_settings_are_known_by_heart_too(name: str, kinds: dict[str, 
     assert rendered > 50
     assert len(ours._settings) <= 32
     assert ours.renders_by_heart > 20 or name == "dumping"
+
+
+def test_a_completion_is_written_anew_around_its_ids() -> None:
+    body = {"model": "m", "prompt": "é" * 50, "max_tokens": 5, "stop": "x", "logprobs": 3}
+    lean = with_prompt(body, [b"[[1]", b",", b"[2]]"])
+    assert lean is not None
+    assert json.loads(lean) == body | {"prompt": [[1], [2]]}
+    assert with_prompt({"prompt": "x"}, [b"[1]"]) == b'{"prompt":[1]}'
+    for change in ({"suffix": "x"}, {"seed": 2.0**64}, {"logit_bias": {"5": 1}}, {"unheard_of": 1}):
+        assert with_prompt(body | change, [b"[1]"]) is None
