@@ -1,6 +1,7 @@
 """Every kind of request on real engines, through the real gateway: what is predicted is what happens."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -310,3 +311,47 @@ def test_pooling_endpoints(embedding: Gateway) -> None:
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         assert len(answered(path, query="a", documents=["b", "c"])["results"]) == 2
     assert answered("/v2/embed", texts=["a"], embedding_types=["float"])["embeddings"]
+
+
+def two_free_ports() -> int:
+    """The first of two ports in a row on which nobody listens."""
+    for first in range(21_000, 29_000, 7):
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("127.0.0.1", first))
+                other.bind(("127.0.0.1", first + 1))
+            except OSError:
+                continue
+            return first
+    raise AssertionError("no two ports in a row are free")
+
+
+@pytest.fixture(scope="module")
+def ranks(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    workspace: Path = tmp_path_factory.mktemp("ranks")
+    flags = ("--dtype", "float32", "--data-parallel-size", "2")
+    connector, first = {"chunk_size": CHUNK}, two_free_ports()
+    with start_engine(small_model, workspace, connector=connector, flags=flags, reports_port=first) as engine:
+        wait_ready(engine)
+        worker = f"{engine.url},reports={engine.reports},name=e,dp=2"
+        with serve_gateway(workspace, ["--worker", worker, "--tokenizer", small_model]) as gateway:
+            gateway.wait_for(
+                "/admin/workers", lambda seen: all(w["cache_source"] == "connector" for w in seen["workers"])
+            )
+            yield gateway
+
+
+def test_data_parallel_ranks_are_told_apart(ranks: Gateway) -> None:
+    chats = [[{"role": "user", "content": f"{number} " + LONG}] for number in range(6)]
+    first = [post(ranks, "/v1/chat/completions", {"messages": chat, "max_tokens": 2}) for chat in chats]
+    assert {answer.headers["x-warmroute-worker"] for answer in first} == {"e#0", "e#1"}
+    for worker in ("e#0", "e#1"):
+        settled(ranks, worker)
+    for chat, before in zip(chats, first, strict=True):
+        again = post(ranks, "/v1/chat/completions", {"messages": chat, "max_tokens": 2})
+        assert again.headers["x-warmroute-worker"] == before.headers["x-warmroute-worker"]
+        record = decided(ranks, again)
+        assert record["predicted_hit_tokens"] >= 3 * CHUNK
+        assert 0 <= sum(record["actual_hit_tokens"].values()) - record["predicted_hit_tokens"] < 2 * CHUNK
+    answer = post(ranks, "/v1/responses", {"input": LONG, "max_output_tokens": 2})
+    assert decided(ranks, answer)["tokenized_by"] == "nobody"
