@@ -93,6 +93,7 @@ class Watcher:
         self._rng = rng
         self._epoch = ""
         self._relist_cause = ""
+        self._listing = False
         self._transport: asyncio.WriteTransport | None = None
         self._logged = ""
 
@@ -138,6 +139,7 @@ class Watcher:
                 self._lost(self._worker)
             raise
         finally:
+            self._end_listing()
             self._transport = None
             self._relist_cause = ""
             writer.transport.abort()
@@ -164,6 +166,8 @@ class Watcher:
         match message:
             case Hello():
                 self._begin(message)
+                await self._turns.listings.acquire()
+                self._listing = True
             case Bye():
                 raise Refused(f"the worker ended the report stream: {message.reason}")
             case _ if self._worker.hello is None:
@@ -171,6 +175,7 @@ class Watcher:
             case Snapshot() | Stored() | Removed() | Cleared():
                 await self._apply_change(message)
             case SnapshotEnd():
+                self._end_listing()
                 self._worker.synced = True
                 self._logged = ""
             case Heartbeat():
@@ -212,6 +217,11 @@ class Watcher:
         self._history.began(self._worker.name, hello.epoch)
         self._worker.hello = hello
         self._worker.reports_error = ""
+
+    def _end_listing(self) -> None:
+        if self._listing:
+            self._listing = False
+            self._turns.listings.release()
 
     def _limit(self, hello: Hello) -> int:
         """A worker may report twice what it says fits, for what it counts otherwise, and never more than is set."""
@@ -330,6 +340,7 @@ class Sweeper:
                 busy = self._index.sweep(_SWEEP_ENTRIES)
                 if not busy:
                     self._audit()
+                    self._index.compact()
                 await asyncio.sleep(_SWEEP_PAUSE_S if busy else self._period)
 
     def _audit(self) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 CHUNKS = 512
 """About a quarter of a millisecond."""
+LISTINGS = 8
+"""Snapshots taken in side by side: what waits of the others stays in the sockets."""
 
 
 class Turns:
@@ -17,6 +19,7 @@ class Turns:
 
     def __init__(self, chunks: int = CHUNKS) -> None:
         self.chunks = chunks
+        self.listings = asyncio.Semaphore(LISTINGS)
         self._left = chunks
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._renewing = False

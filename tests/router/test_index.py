@@ -1,4 +1,5 @@
 import random
+import sys
 from hashlib import sha256
 
 import pytest
@@ -205,6 +206,25 @@ def test_an_audit_counts_each_part_as_it_was_at_one_moment() -> None:
             index.sweep(50)
         assert index.audit(3) == []
     index.check()
+
+
+def test_chunks_that_come_and_go_do_not_swell_the_index() -> None:
+    index = filled(a={"gpu": []})
+    held = [bytes([0]) + chunk(number)[1:] for number in range(39_000)]
+    index.stored("a", "gpu", held)
+    slim = sys.getsizeof(index._parts[0])
+    for step in range(1, 6):
+        fresh = [bytes([0]) + chunk(number + step * 39_000)[1:] for number in range(39_000)]
+        for at in range(0, 39_000, 500):
+            index.removed("a", "gpu", held[at : at + 500])
+            index.stored("a", "gpu", fresh[at : at + 500])
+        held = fresh
+    assert sys.getsizeof(index._parts[0]) > slim, "else there is nothing to compact"
+    for _ in range(256):
+        index.compact()
+    assert sys.getsizeof(index._parts[0]) <= slim
+    index.check()
+    assert index.lookup(held[:50], ["a"]) == {"a": Hit(50, 50)}
 
 
 def test_a_worker_may_not_fill_the_index() -> None:
