@@ -8,8 +8,10 @@ import pytest
 from router.admission import Admission
 from router.config import Settings
 from router.endpoints import BY_LOAD, OWN, PROMPTS, REFUSED, REFUSED_BELOW
+from router.findings import CHECKS
 from router.index import Index
 from router.metrics import Metrics
+from router.reload import RELOADABLE
 from router.workers import Registry
 from worker_connector.config import SETTINGS
 from worker_connector.config_names import ALIASES
@@ -49,6 +51,17 @@ def test_every_endpoint_has_its_heading(path: str) -> None:
 def test_every_path_that_is_never_passed_on_is_named_with_its_reason(path: str) -> None:
     why = REFUSED.get(path) or REFUSED_BELOW[path]
     assert f"| `{path}{'*' if path in REFUSED_BELOW else ''}` | {why} |\n" in HTTP_API
+
+
+def test_every_check_of_the_doctor_has_a_heading() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^### (\S+)$", page, re.MULTILINE)) == set(CHECKS)
+
+
+def test_every_setting_that_can_be_changed_while_running_is_named() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    listed = page.partition("These can be changed: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == RELOADABLE
 
 
 def test_links_lead_somewhere() -> None:
