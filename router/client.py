@@ -27,6 +27,10 @@ class Client:
         self._receive = receive
         self._send = send
         self._connection = scope.get(CONNECTION)
+        # What uvicorn calls a request and its response on that connection.
+        self._cycle: Any = send.__self__ if self._connection is not None else None  # type: ignore[attr-defined]
+        # uvicorn's own messages stay in use for HEAD, whose responses promise a body and have none.
+        self._direct = self._connection if scope["method"] != "HEAD" else None
         self._task: asyncio.Task[Any] | None = None
         self._listener: asyncio.Task[None] | None = None
         self.gone = False
@@ -51,8 +55,10 @@ class Client:
     @property
     def declared_length(self) -> int:
         """Content-Length, 0 where there is none."""
-        declared = next((value for name, value in self.scope["headers"] if name == b"content-length"), b"0")
-        return int(declared) if declared.isdigit() else 0
+        for name, value in self.scope["headers"]:
+            if name == b"content-length":
+                return int(value) if value.isdigit() else 0
+        return 0
 
     async def read_body(
         self,
@@ -60,17 +66,19 @@ class Client:
         timeout: float,  # noqa: ASYNC109 - one deadline for all of it
         arrived: Callable[[int], None] = lambda _: None,
     ) -> bytes:
-        """The whole body; ``arrived`` is told how many bytes are here, as they come, and may raise.
+        """The whole body; ``arrived`` is told how many bytes are here, as they come, and may raise; not so where all
+        of them are here already.
 
         Raises:
             TooLarge: it exceeds ``limit`` bytes.
             RequestTimeout: it did not arrive in time.
             ClientGone: the client left.
         """
+        cycle = self._cycle
+        if cycle is not None and not cycle.more_body and not cycle.waiting_for_100_continue:
+            return self._take_whole(limit)
         if self.declared_length > limit:
             raise _too_large(limit)
-        if self._connection is not None and self._connection.body_arrived:
-            return await self._read(limit, arrived)  # spares the timer
         try:
             async with asyncio.timeout(timeout):
                 body = await self._read(limit, arrived)
@@ -83,14 +91,23 @@ class Client:
     async def start(self, status: int, headers: Headers) -> None:
         self.started = True
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        if self._direct is not None:
+            self._direct.start(self._cycle, status, headers)
+        else:
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, data: bytes) -> None:
         """Send body bytes; waits while the client does not read."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if self._direct is not None:
+            await self._direct.send(self._cycle, data)
+        else:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def finish(self, data: bytes = b"") -> None:
-        await self._send({"type": "http.response.body", "body": data})
+        if self._direct is not None:
+            await self._direct.finish(self._cycle, data)
+        else:
+            await self._send({"type": "http.response.body", "body": data})
         self.finished = True
 
     def error_body(self, error: ApiError) -> bytes:
@@ -118,7 +135,19 @@ class Client:
         """
         if self._connection is None:
             raise ClientGone("the response could not be completed")
-        self._connection.abort()
+        self._connection.abort(self._cycle)
+
+    def _take_whole(self, limit: int) -> bytes:
+        """A body that is all here: spares the timer, and uvicorn's messages."""
+        cycle = self._cycle
+        if cycle.disconnected:
+            raise ClientGone("the client left before its request was served")
+        body, cycle.body = bytes(cycle.body), bytearray()
+        cycle.message_event.clear()
+        cycle.flow.resume_reading()
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
 
     async def _read(self, limit: int, arrived: Callable[[int], None]) -> bytes:
         message = await self._receive()

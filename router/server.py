@@ -18,9 +18,9 @@ from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from router.client import CONNECTION
+from router.client import CONNECTION, Headers
 from router.config import Settings
 from router.errors import RequestTimeout, TooLarge
 from router.tls import server_context
@@ -46,18 +46,69 @@ class Protocol(HttpToolsProtocol):
         self.on_lost: Callable[[], None] | None = None
         self._head_bytes = 0
         self._in_head = True
-        self._received = b""
+        self._received = self._unsent = b""
+        self._promised = 0
         self._stalled: asyncio.TimerHandle | None = None
         self._overdue: asyncio.TimerHandle | None = None
 
-    @property
-    def body_arrived(self) -> bool:
-        """The whole body of the current request is here, so that reading it will not wait."""
-        return not self.cycle.more_body and not self.cycle.waiting_for_100_continue
+    def start(self, cycle: RequestResponseCycle, status: int, headers: Headers) -> None:
+        """Begin a response. Its head is sent with the first of its body. Clients may send requests ahead: ``cycle`` says
+        which one is answered, here and below."""
+        if not cycle.disconnected:
+            self._unsent = self._head(cycle, status, headers)
 
-    def abort(self) -> None:
+    async def send(self, cycle: RequestResponseCycle, data: bytes) -> None:
+        """Send body bytes; waits while the client does not read."""
+        if self.flow.write_paused and not cycle.disconnected:
+            await self.flow.drain()
+        if not cycle.disconnected and data:
+            self._write(cycle, data, b"")
+
+    async def finish(self, cycle: RequestResponseCycle, data: bytes) -> None:
+        """Send the last body bytes. A body shorter than was promised ends the connection."""
+        if self.flow.write_paused and not cycle.disconnected:
+            await self.flow.drain()
+        if cycle.disconnected:
+            return
+        self._write(cycle, data, b"0\r\n\r\n")
+        if self._promised:
+            self.abort(cycle)
+        else:
+            _complete(cycle)
+
+    def _head(self, cycle: RequestResponseCycle, status: int, headers: Headers) -> bytes:
+        """The response's head; what the cycle keeps of a response is set as if it had sent it."""
+        cycle.response_started, cycle.waiting_for_100_continue = True, False
+        cycle.chunked_encoding, self._promised = True, 0
+        parts = [STATUS_LINE[status]]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+            if name == b"content-length":
+                cycle.chunked_encoding, self._promised = False, int(value)
+            elif name == b"connection" and value.lower() == b"close":
+                cycle.keep_alive = False
+        if not cycle.keep_alive:
+            parts.append(b"connection: close\r\n")
+        if cycle.chunked_encoding:
+            if status in (204, 304):
+                cycle.chunked_encoding = False
+            else:
+                parts.append(b"transfer-encoding: chunked\r\n")
+        parts.append(b"\r\n")
+        return b"".join(parts)
+
+    def _write(self, cycle: RequestResponseCycle, data: bytes, last: bytes) -> None:
+        head, self._unsent = self._unsent, b""
+        if cycle.chunked_encoding:
+            piece = b"%x\r\n%b\r\n%b" % (len(data), data, last) if data else last
+            self.transport.write(head + piece if head else piece)
+        elif head or data:
+            self._promised -= len(data)
+            self.transport.write(head + data)
+
+    def abort(self, cycle: RequestResponseCycle) -> None:
         """Close at once, without completing the response."""
-        self.cycle.disconnected = True
+        cycle.disconnected = True
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
@@ -166,6 +217,14 @@ class Protocol(HttpToolsProtocol):
         head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(body)) + body)
         self.transport.close()
+
+
+def _complete(cycle: RequestResponseCycle) -> None:
+    cycle.response_complete = True
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()
 
 
 class Server(uvicorn.Server):
