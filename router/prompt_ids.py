@@ -7,7 +7,7 @@ one costs what its own end costs.
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -48,6 +48,7 @@ class Prefix:
         "count",
         "end",
         "ids",
+        "key",
         "parent",
         "start",
         "text",
@@ -62,6 +63,7 @@ class Prefix:
         self.count: int = (parent.count if parent is not None else 0) + len(ids) // _WIDTH
         self.branches = 0
         self.alive = False
+        self.key: Hashable = None
         self.cost = sys.getsizeof(text) + sys.getsizeof(ids) + _PREFIX_COST
         self._json: bytes | None = None
         self._runs: dict[bytes, Run] = {}

@@ -6,7 +6,7 @@ at the end of the text, where a conversation that grew by a turn parts from what
 per boundary tried. Memory is bounded: prefixes that nothing grows from leave first, the longest unused before others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
@@ -56,7 +56,7 @@ class TokenMemory:
         self._affixes = affixes
         self._step = step
         self._limit = limit
-        self._nodes: dict[_Key, Prefix] = {}
+        self._nodes: dict[Hashable, Prefix] = {}
         self._lock = Lock()
         self.used = 0
         self.evicted = 0
@@ -186,7 +186,7 @@ class TokenMemory:
             parent = prefix.parent
             if key in self._nodes or prefix.cost > self._limit // 4 or (parent is not None and not parent.alive):
                 return
-            prefix.alive = True
+            prefix.alive, prefix.key = True, key
             if parent is not None:
                 parent.branches += 1
             self._nodes[key] = prefix
@@ -203,15 +203,22 @@ class TokenMemory:
     def _evict(self) -> None:
         while self.used > self._limit:
             key = next(iter(self._nodes))
-            prefix = self._nodes.pop(key)
-            if prefix.branches:
-                self._nodes[key] = prefix
+            prefix: Prefix | None = self._nodes[key]
+            if prefix is not None and prefix.branches:
+                self._nodes[key] = self._nodes.pop(key)
                 continue
-            prefix.alive = False
-            self.used -= prefix.cost
-            self.evicted += 1
-            if prefix.parent is not None:
-                prefix.parent.branches -= 1
+            # What only this one grew from goes with it: nobody asked for it either.
+            while prefix is not None and not prefix.branches and self.used > self._limit:
+                prefix = self._drop(prefix)
+
+    def _drop(self, prefix: Prefix) -> Prefix | None:
+        del self._nodes[prefix.key]
+        prefix.alive = False
+        self.used -= prefix.cost
+        self.evicted += 1
+        if prefix.parent is not None:
+            prefix.parent.branches -= 1
+        return prefix.parent
 
 
 def _key(text: str, cut: int, special: bool) -> _Key:
