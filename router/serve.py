@@ -55,7 +55,7 @@ def serve(settings: Settings, sources: Sources) -> int:
         count=settings.processes,
         host=settings.host,
         port=settings.port,
-        drain_timeout=settings.drain_timeout,
+        drain_timeout=settings.drain_delay + settings.drain_timeout,
         pass_hangup=_files(settings, sources),
     ).supervise()
 

@@ -173,6 +173,33 @@ def test_stopping_lets_requests_of_every_process_finish(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_hangup_has_every_process_read_the_file_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        a, b = await SimulatedWorker().start(), await SimulatedWorker().start()
+        file = tmp_path / "router.yaml"
+        file.write_text(f"workers: ['{a.spec('a')}']\nconfig_interval: 600\n")
+        async with gateway(tmp_path, flags=("--config", str(file))) as shown:
+            file.write_text(f"workers: ['{a.spec('a')}', '{b.spec('b')}']\nconfig_interval: 600\n")
+            shown.process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(10):
+                while True:
+                    seen = await shown.every_process("/admin/workers")
+                    if all([item["name"] for item in one["workers"]] == ["a", "b"] for one in seen.values()):
+                        break
+            file.write_text("workers: [\n")
+            shown.process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(10):
+                while not all(one["error"] for one in (await shown.every_process("/admin/config")).values()):
+                    pass
+            assert (await shown.ask("POST", "/v1/chat/completions", json=chat_body("x"))).status_code == 200
+        assert shown.process.returncode == 0
+        await a.kill()
+        await b.kill()
+
+    run(scenario())
+
+
+@pytest.mark.slow
 def test_no_process_outlives_a_supervisor_that_was_killed(tmp_path: Path) -> None:
     async def scenario() -> None:
         a = await SimulatedWorker().start()
