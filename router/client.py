@@ -66,17 +66,15 @@ class Client:
         timeout: float,  # noqa: ASYNC109 - one deadline for all of it
         arrived: Callable[[int], None] = lambda _: None,
     ) -> bytes:
-        """The whole body; ``arrived`` is told how many bytes are here, as they come, and may raise; not so where all
-        of them are here already.
+        """The whole body; ``arrived`` is told how many bytes are here, as they come, and may raise.
 
         Raises:
             TooLarge: it exceeds ``limit`` bytes.
             RequestTimeout: it did not arrive in time.
             ClientGone: the client left.
         """
-        cycle = self._cycle
-        if cycle is not None and not cycle.more_body and not cycle.waiting_for_100_continue:
-            return self._take_whole(limit)
+        if (body := self.take_body(limit)) is not None:
+            return body
         if self.declared_length > limit:
             raise _too_large(limit)
         try:
@@ -137,12 +135,16 @@ class Client:
             raise ClientGone("the response could not be completed")
         self._connection.abort(self._cycle)
 
-    def _take_whole(self, limit: int) -> bytes:
-        """A body that is all here: spares the timer, and uvicorn's messages."""
+    def take_body(self, limit: int) -> bytes | None:
+        """A body that is all here already, None otherwise: spares a timer, and uvicorn's messages. Raises as
+        ``read_body`` does."""
         cycle = self._cycle
+        if cycle is None or cycle.more_body or cycle.waiting_for_100_continue:
+            return None
         if cycle.disconnected:
             raise ClientGone("the client left before its request was served")
-        body, cycle.body = bytes(cycle.body), bytearray()
+        body = bytes(cycle.body)
+        cycle.body = bytearray()
         cycle.message_event.clear()
         cycle.flow.resume_reading()
         if len(body) > limit:

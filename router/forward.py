@@ -65,8 +65,8 @@ async def forward(
         if connection.status in RETRYABLE and may_retry():
             raise RetryableStatus(upstream.worker, f"answered {connection.status}")
         delivery = Delivery(connection.status, meter=meter)
-        headers = _merged(connection.headers, extra)
-        if _is_event_stream(headers):
+        headers, is_stream = _merged(connection.headers, extra)
+        if is_stream:
             await _stream(client, connection, headers, delivery, first_byte)
         else:
             await _whole(client, connection, headers, delivery, first_byte)
@@ -150,12 +150,14 @@ def _incomplete(error: object) -> BadGateway:
     return BadGateway(f"{error}; the response is not complete", code="worker_failed")
 
 
-def _merged(headers: Headers, extra: Headers) -> Headers:
-    kept = response_headers(headers)
-    if any(name == b"x-request-id" for name, _ in kept):
-        extra = [header for header in extra if header[0] != b"x-request-id"]
-    return kept + extra
-
-
-def _is_event_stream(headers: Headers) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+def _merged(headers: Headers, extra: Headers) -> tuple[Headers, bool]:
+    """The response's headers and the router's own, and whether an event stream follows."""
+    merged = response_headers(headers)
+    named = is_stream = False
+    for name, value in merged:
+        if name == b"x-request-id":
+            named = True
+        elif name == b"content-type":
+            is_stream = value.startswith(b"text/event-stream")
+    merged += [header for header in extra if header[0] != b"x-request-id"] if named else extra
+    return merged, is_stream

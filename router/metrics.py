@@ -42,6 +42,7 @@ class Metrics:
     def __init__(self, registry: Registry, index: Index, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self._of_worker: dict[str, WorkerSeries] = {}
+        self._tokenized_by: dict[tuple[str, str], Counter] = {}
         self._registry.register(_State(registry, index, admission))
         self.requests = self._counter("requests", "Requests answered by a worker", "worker", "model", "status")
         self.rejected = self._counter("rejected_requests", "Requests answered by the router itself", "status", "code")
@@ -84,6 +85,13 @@ class Metrics:
         if kind not in _REASONS:
             kind = "first token" if kind.startswith("first token") else "other"
         self._by_reason[kind].inc()
+
+    def tokenized_by(self, model: str, by: str) -> Counter:
+        """The series of one tokenizing side of a model, looked up once."""
+        key = (model, by)
+        if key not in self._tokenized_by:
+            self._tokenized_by[key] = self.tokenized.labels(model, by)
+        return self._tokenized_by[key]
 
     def of_worker(self, worker: str) -> "WorkerSeries":
         """The series of one worker that every request touches, looked up once."""

@@ -166,11 +166,16 @@ class Pipeline:
         if request.kind not in HOT and (unscored := unscored_prompt(request.kind, pool)) is not None:
             return Plan(request, pool, unscored, 0)
         prompts = self._prompts.get(pool.base) or PoolPrompts(pool.base)
-        tokenized = await prompts.tokenize(request.kind, request.body, self._worth_asking(pool))
-        self._metrics.tokenized.labels(pool.model, tokenized.by).inc(len(tokenized.prompts) or 1)
-        lengths = [len(ids) for ids in tokenized.prompts]
-        self._check_context(request, pool, max(lengths, default=0))
-        return Plan(request, pool, tokenized, sum(lengths))
+        tokenized = await prompts.tokenize(request.kind, request.body, partial(self._worth_asking, pool))
+        prompts_seen = len(tokenized.prompts)
+        self._metrics.tokenized_by(pool.model, tokenized.by).inc(prompts_seen or 1)
+        if prompts_seen == 1:
+            longest = tokens = len(tokenized.prompts[0])
+        else:
+            lengths = [len(ids) for ids in tokenized.prompts]
+            longest, tokens = max(lengths, default=0), sum(lengths)
+        self._check_context(request, pool, longest)
+        return Plan(request, pool, tokenized, tokens)
 
     def choose(self, plan: Plan, exclude: Mapping[str, object], policy: Policy | None = None) -> Routed | None:
         """Look up and choose; None when no worker is left that can take the request."""
@@ -211,14 +216,17 @@ class Pipeline:
         if not self._admission.enter_now():
             await self._admission.enter(visit.claim if visit is not None else NOBODY)
         held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            held += self._admission.hold(max(0, size - held))
-
         try:
-            hold(min(client.declared_length, settings.max_body_bytes))
-            raw = await client.read_body(settings.max_body_bytes, settings.body_timeout, hold)
+            held = self._admission.hold(min(client.declared_length, settings.max_body_bytes))
+            if (here := client.take_body(settings.max_body_bytes)) is not None:
+                raw = here
+            else:
+
+                def hold(size: int) -> None:
+                    nonlocal held
+                    held += self._admission.hold(max(0, size - held))
+
+                raw = await client.read_body(settings.max_body_bytes, settings.body_timeout, hold)
             if kind in HOT:
                 request = parse_request(kind, raw, headers, request_id)
             else:
@@ -467,17 +475,23 @@ class Pipeline:
         return [worker for worker in workers if known and worker.has_tokenize]
 
     def _check_context(self, request: Request, pool: Pool, longest: int) -> None:
-        limits = [_context(worker, pool) for worker in pool.workers]
-        limit = max(limits, default=0)
-        if limit and all(limits) and longest >= limit:
+        if pool.longest and longest >= pool.longest:
             raise ContextTooLong(
-                f"this model's context is {limit} tokens, and the prompt alone has {longest}",
+                f"this model's context is {pool.longest} tokens, and the prompt alone has {longest}",
                 param="messages" if request.kind == "chat" else "prompt",
             )
 
     def _look_up(self, plan: Plan, workers: Sequence[Worker]) -> dict[str, Hit]:
         groups: dict[Namespace, list[str]] = {}
-        hits = dict.fromkeys((worker.name for worker in workers), NO_HIT)
+        hits = {worker.name: NO_HIT for worker in workers}
+        first = workers[0].namespace
+        if first is not None and len(plan.tokenized.prompts) == 1 and all(w.namespace == first for w in workers):
+            size = first[1]
+            found = self._index.lookup(self._hashes(plan, first)[0], list(hits))
+            for name, hit in found.items():
+                if hit.total:
+                    hits[name] = Hit(hit.gpu * size, hit.total * size)
+            return hits
         for worker in workers:
             if (namespace := worker.namespace) is not None:
                 groups.setdefault(namespace, []).append(worker.name)
@@ -531,9 +545,12 @@ def _first_missing(plan: Plan, worker: Worker, hit: Hit) -> str:
     return hashes[0][held].hex() if held < len(hashes[0]) else ""
 
 
-def _fitting(plan: Plan, workers: Sequence[Worker]) -> list[Worker]:
+def _fitting(plan: Plan, workers: list[Worker]) -> list[Worker]:
+    pool = plan.pool
+    if plan.prompt_tokens < pool.shortest:
+        return workers
     longest = max(map(len, plan.tokenized.prompts), default=0)
-    return [worker for worker in workers if not (room := _context(worker, plan.pool)) or longest < room]
+    return [worker for worker in workers if not (room := worker.context(pool.model, pool.base)) or longest < room]
 
 
 def _why_not(worker: Worker) -> str:
@@ -544,11 +561,6 @@ def _why_not(worker: Worker) -> str:
     if worker.breaker.state != "closed":
         return "kept out after failures"
     return "failed this request, or has too short a context for it"
-
-
-def _context(worker: Worker, pool: Pool) -> int:
-    """Longest context in tokens; 0 where unknown. An adapter's is its base model's unless it names its own."""
-    return worker.max_model_len(pool.model) or worker.max_model_len(pool.base)
 
 
 def _tenant_of(visit: Visit | None) -> str:

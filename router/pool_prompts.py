@@ -7,7 +7,7 @@ asked; where that fails too the request is routed by load alone. Which way is ta
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -82,7 +82,7 @@ class PoolPrompts:
         else:
             self._fault = ""
 
-    async def tokenize(self, kind: Kind, body: dict[str, Any], workers: Sequence[Worker]) -> Tokenized:
+    async def tokenize(self, kind: Kind, body: dict[str, Any], workers: Callable[[], Sequence[Worker]]) -> Tokenized:
         """Token ids of a request's prompts; one of ``workers`` may be asked for them.
 
         Raises:
@@ -100,7 +100,7 @@ class PoolPrompts:
             except Unrenderable as error:
                 why = error.reason
         self._log_once(why)
-        return await self._by_worker(kind, body, workers, why)
+        return await self._by_worker(kind, body, workers(), why)
 
     async def _translated(self, kind: Kind, body: dict[str, Any], builder: PromptBuilder) -> PromptIds:
         """The worker judges what is wrong with such a body, in the words of the endpoint it came to."""

@@ -101,8 +101,12 @@ class Supervisor:
         return received
 
     def _start(self, child: Child) -> None:
-        if not child.sockets:
-            child.sockets = self._bind()
+        try:
+            child.sockets = child.sockets or self._bind()
+        except OSError as error:
+            _log.error("process %d cannot listen on %s:%d: %s", child.number, self._host, self._port, error)
+            child.due = time.monotonic() + BACKOFF_S[1]
+            return
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()

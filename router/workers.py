@@ -128,7 +128,9 @@ class Worker:
         self.draining = False
         self.models: dict[str, ModelCard] = {}
         self.engine_version = ""
-        self.hello: Hello | None = None
+        self._hello: Hello | None = None
+        self.namespace: tuple[str, int] | None = None
+        """Model name and chunk size its chunk hashes descend from; None while nothing of its cache is known."""
         self.heartbeat: Heartbeat | None = None
         self.heartbeat_at = 0.0
         self.synced = False
@@ -148,12 +150,17 @@ class Worker:
     @property
     def source(self) -> Literal["connector", "none"]:
         """Where knowledge of its cache comes from: ``connector`` while a report stream is open."""
-        return "connector" if self.hello is not None else "none"
+        return "connector" if self._hello is not None else "none"
 
     @property
-    def namespace(self) -> tuple[str, int] | None:
-        """Model name and chunk size its chunk hashes descend from; None while nothing of its cache is known."""
-        return (self.hello.model, self.hello.chunk_size) if self.hello is not None else None
+    def hello(self) -> Hello | None:
+        """How its report stream introduced itself; None while there is none."""
+        return self._hello
+
+    @hello.setter
+    def hello(self, hello: Hello | None) -> None:
+        self._hello = hello
+        self.namespace = (hello.model, hello.chunk_size) if hello is not None else None
 
     @property
     def weight(self) -> int:
@@ -170,6 +177,10 @@ class Worker:
         """Longest context in tokens; 0 where unknown."""
         card = self.models.get(model)
         return (card.max_model_len or 0) if card is not None else 0
+
+    def context(self, model: str, base: str) -> int:
+        """Longest context in tokens; 0 where unknown. An adapter's is its base model's unless it names its own."""
+        return self.max_model_len(model) or self.max_model_len(base)
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent to it."""
@@ -222,13 +233,16 @@ def least_bad(workers: Iterable[Worker], exclude: Container[str] = ()) -> list[W
 
 class Pool(msgspec.Struct, frozen=True):
     """The workers that serve one model name. ``lora`` is the adapter's name, empty for a base model; ``base`` the model
-    it belongs to."""
+    it belongs to. Contexts are in tokens: ``longest`` is the longest of all, 0 unless every worker's is known,
+    ``shortest`` the shortest of those known, 0 where none is."""
 
     model: str
     base: str
     lora: str
     root: str
     workers: tuple[Worker, ...]
+    longest: int = 0
+    shortest: int = 0
 
 
 class Registry:
@@ -291,4 +305,8 @@ def _pool(model: str, workers: list[Worker]) -> Pool:
     parent = card.parent or ""
     base = parent or model
     root = next((w.models[base].root for w in workers if base in w.models and w.models[base].root), None)
-    return Pool(model, base, model if parent else "", root or "", tuple(workers))
+    contexts = [worker.context(model, base) for worker in workers]
+    known = [context for context in contexts if context]
+    longest = max(contexts) if len(known) == len(contexts) else 0
+    lora = model if parent else ""
+    return Pool(model, base, lora, root or "", tuple(workers), longest, min(known, default=0))

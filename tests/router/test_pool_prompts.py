@@ -37,7 +37,7 @@ def loaded(where: Path) -> PoolPrompts:
 
 
 def tokenize(prompts: PoolPrompts, kind: Any, body: dict[str, Any], *workers: Stub) -> Any:
-    return asyncio.run(prompts.tokenize(kind, body, [cast("Worker", worker) for worker in workers]))
+    return asyncio.run(prompts.tokenize(kind, body, lambda: [cast("Worker", worker) for worker in workers]))
 
 
 @pytest.fixture
