@@ -30,6 +30,7 @@ def serve(config: str | None, **flags: Any) -> None:
     from router import serve as serving  # noqa: PLC0415 - keeps the other commands quick
     from router.reload import Sources  # noqa: PLC0415
 
+    _explain_workers(flags.pop("mistaken_workers", None))
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     sources = Sources(given, file=config)
     try:
@@ -128,7 +129,9 @@ def doctor(
 def register(
     gateways: Annotated[list[str], typer.Argument(help="URLs of the gateways")],
     *,
-    worker: Annotated[str, typer.Option(help="URL[,reports=HOST:PORT|none][,name=NAME] as the gateways reach it")],
+    worker: Annotated[
+        str, typer.Option(help="URL[,reports=HOST:PORT|none][,name=NAME][,dp=N] as the gateways reach it")
+    ],
     ttl: Annotated[float, typer.Option(min=0.5, help="seconds without renewal after which it is drained")] = 30.0,
     token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateways")] = "",
 ) -> None:
@@ -139,10 +142,10 @@ def register(
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        spec = WorkerSpec.parse(worker)
+        specs = WorkerSpec.all_of(worker)
     except ValueError as error:
         _quit(str(error))
-    asyncio.run(keep(spec, gateways, ttl=ttl, token=token))
+    asyncio.run(keep(specs, gateways, ttl=ttl, token=token))
 
 
 @app.command()
@@ -166,6 +169,15 @@ def main() -> None:
 def _quit(message: str) -> Any:
     typer.echo(f"warmroute: {message}", err=True)
     raise typer.Exit(2)
+
+
+def _explain_workers(value: str | None) -> None:
+    """``--workers`` is a number of processes elsewhere; workers are vLLM's here."""
+    if value is None:
+        return
+    if value.isdigit():
+        _quit(f"several router processes are --processes {value}; a vLLM worker is --worker http://HOST:PORT")
+    _quit(f"each worker is named by a flag of its own: --worker {value.split()[0] if value.split() else 'URL'}")
 
 
 def _warn_if_alone(settings: Settings) -> None:
@@ -237,7 +249,9 @@ def _add_serve() -> None:
     help_text = "YAML file of settings; flags and environment win [env: WARMROUTE_ROUTER_CONFIG]"
     config = Annotated[str | None, typer.Option("--config", help=help_text, show_default=False)]
     first = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config)
-    parameters = [first, *(_option(name) for name in Settings.model_fields)]
+    mistaken = Annotated[str | None, typer.Option("--workers", hidden=True)]
+    second = inspect.Parameter("mistaken_workers", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=mistaken)
+    parameters = [first, second, *(_option(name) for name in Settings.model_fields)]
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # read by typer
     serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command()(serve)

@@ -56,7 +56,7 @@ async def examine(targets: Sequence[str], options: Options) -> list[Finding]:
     Raises:
         ConfigError: a target is not understood.
     """
-    specs = [_spec(target) for target in targets]
+    specs = [spec for target in targets for spec in _specs(target)]
     kinds = await asyncio.gather(*(_is_gateway(spec, options) for spec in specs))
     gateways = [GatewayExam(spec.url, options) for spec, is_one in zip(specs, kinds, strict=True) if is_one]
     findings: list[Finding] = []
@@ -253,9 +253,9 @@ def _workers(specs: Sequence[WorkerSpec], kinds: Sequence[bool], gateways: Seque
     return list(found.values())
 
 
-def _spec(target: str) -> WorkerSpec:
+def _specs(target: str) -> list[WorkerSpec]:
     try:
-        return WorkerSpec.parse(target if "://" in target else f"http://{target}")
+        return WorkerSpec.all_of(target if "://" in target else f"http://{target}")
     except ValueError as error:
         raise ConfigError(f"{target!r} is neither a gateway's URL nor URL[,reports=HOST:PORT]: {error}") from error
 

@@ -55,6 +55,9 @@ class WorkerExam:
         self._options = options
         key = spec.key.get_secret_value() or options.api_key
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._base = spec.url.partition("#")[0]
+        if spec.rank is not None:
+            self._headers["x-data-parallel-rank"] = str(spec.rank)
 
     @property
     def versions(self) -> tuple[str, str]:
@@ -63,7 +66,7 @@ class WorkerExam:
 
     async def examine(self) -> list[Finding]:
         """Every check, as far as the ones before allow."""
-        async with httpx.AsyncClient(base_url=self.spec.url, headers=self._headers, timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(base_url=self._base, headers=self._headers, timeout=TIMEOUT_S) as client:
             try:
                 began = time.time()
                 health = await client.get("/health")

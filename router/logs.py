@@ -5,7 +5,6 @@ No line holds a prompt, an answer or a secret. The access log has one line per r
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 LONGEST_QUEUE = 10_000
 """Lines that may wait; more are dropped and counted."""
 _FLUSH_S = 2.0
+_STDERR = 2
 _STANDARD = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 access = logging.getLogger("warmroute.access")
@@ -114,7 +114,7 @@ def set_up(level: str, style: Literal["text", "json"], process: int | None = Non
     root = logging.getLogger()
     for handler in tuple(root.handlers):
         root.removeHandler(handler)
-    handler = QueuedHandler(sys.stderr.fileno())
+    handler = QueuedHandler(_STDERR)
     handler.setFormatter(JsonFormatter(process) if style == "json" else TextFormatter(process))
     root.addHandler(handler)
     root.setLevel(level.upper())

@@ -98,14 +98,15 @@ class NameWatch:
         after = set(self._missing)
         if self.error or before != after:
             _log.info("%s names %d workers", self.spec.title, len(after))
-            self._found([_worker(self.spec, *endpoint) for endpoint in self.endpoints])
+            self._found([worker for endpoint in self.endpoints for worker in _workers(self.spec, *endpoint)])
         self.error = ""
 
 
-def _worker(spec: DnsSpec, host: str, port: int) -> WorkerSpec:
+def _workers(spec: DnsSpec, host: str, port: int) -> list[WorkerSpec]:
     shown = f"[{host}]" if ":" in host else host
     reports = "none" if spec.reports == "none" else f"{shown}:{spec.reports or DEFAULT_REPORT_PORT}"
-    return WorkerSpec(url=f"http://{shown}:{port}", reports=reports)
+    url = f"http://{shown}:{port}"
+    return WorkerSpec.all_of({"url": url, "reports": reports} | ({"dp": spec.dp} if spec.dp > 1 else {}))
 
 
 class AddressResolver:

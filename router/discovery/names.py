@@ -1,16 +1,16 @@
 """How a name whose addresses are workers is written: ``dns://NAME:PORT`` or ``dns+srv://NAME``."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SCHEMES = ("dns://", "dns+srv://")
 
 
 class DnsSpec(BaseModel):
     """A name to resolve again and again. ``reports`` is the workers' report port, ``none``, or empty for the usual
-    one; ``port`` is 0 where SRV records name it."""
+    one; ``port`` is 0 where SRV records name it; ``dp`` how many data-parallel ranks each address has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -18,6 +18,7 @@ class DnsSpec(BaseModel):
     port: int = 0
     kind: Literal["address", "srv"] = "address"
     reports: str = ""
+    dp: int = Field(default=1, ge=1, le=64)
 
     @field_validator("reports")
     @classmethod
@@ -33,18 +34,18 @@ class DnsSpec(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From ``dns://NAME:PORT[,reports=PORT|none]`` or ``dns+srv://NAME[,reports=PORT|none]``.
+        """From ``dns://NAME:PORT[,reports=PORT|none][,dp=N]`` or ``dns+srv://NAME[,…]``.
 
         Raises:
             ValueError: a part is not understood.
         """
         url, *options = text.strip().split(",")
         parts = urlsplit(url)
-        members = {}
+        members: dict[str, Any] = {}
         for option in options:
             key, _, members[key] = option.partition("=")
-        if set(members) - {"reports"}:
-            raise ValueError(f"{text!r}: of a name only reports=PORT or reports=none can be said")
+        if set(members) - {"reports", "dp"}:
+            raise ValueError(f"{text!r}: of a name only reports=PORT, reports=none and dp=N can be said")
         srv = parts.scheme == "dns+srv"
         if parts.scheme not in ("dns", "dns+srv") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise ValueError(f"a name is dns://NAME:PORT or dns+srv://NAME, got {text!r}")

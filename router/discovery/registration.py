@@ -18,10 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 class Registration:
-    """One worker's leases. ``ttl`` in seconds."""
+    """The leases of an engine: of one worker, or one for each data-parallel rank. ``ttl`` in seconds."""
 
-    def __init__(self, worker: WorkerSpec, gateways: Sequence[str], *, ttl: float, token: str = "") -> None:
-        self._worker = worker
+    def __init__(self, workers: Sequence[WorkerSpec], gateways: Sequence[str], *, ttl: float, token: str = "") -> None:
+        self._workers = workers
         self._gateways = [url.rstrip("/") for url in gateways]
         self._ttl = ttl
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -29,7 +29,7 @@ class Registration:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Renew until ``stop`` is set, then take the worker out."""
-        async with httpx.AsyncClient(timeout=min(TIMEOUT_S, self._ttl / RENEWALS), headers=self._headers) as client:
+        async with httpx.AsyncClient(timeout=min(TIMEOUT_S, self._ttl / RENEWALS)) as client:
             while not stop.is_set():
                 await self.renew(client)
                 try:
@@ -37,44 +37,41 @@ class Registration:
                         await stop.wait()
                 except TimeoutError:
                     continue
-            await asyncio.gather(*(self._end(client, gateway) for gateway in self._gateways))
+            await asyncio.gather(*(self._end(client, *each) for each in self._each()))
+
+    def _each(self) -> list[tuple[str, WorkerSpec]]:
+        return [(gateway, worker) for gateway in self._gateways for worker in self._workers]
 
     async def renew(self, client: httpx.AsyncClient) -> int:
-        """Renew every lease if the worker is well; at how many gateways that worked."""
+        """Renew every lease if the engine is well; how many could be."""
         if not await self._well(client):
             return 0
-        return sum(await asyncio.gather(*(self._renew(client, gateway) for gateway in self._gateways)))
+        return sum(await asyncio.gather(*(self._renew(client, *each) for each in self._each())))
 
     async def _well(self, client: httpx.AsyncClient) -> bool:
         try:
-            status = (await client.get(f"{self._worker.url}/health", headers={})).status_code
+            status = (await client.get(f"{self._workers[0].url.partition('#')[0]}/health")).status_code
             why = "" if status == httpx.codes.OK else f"/health answered {status}"
         except httpx.HTTPError as error:
             why = str(error) or type(error).__name__
         self._say("the worker", f"is not well, its leases are not renewed: {why}" if why else "")
         return not why
 
-    async def _renew(self, client: httpx.AsyncClient, gateway: str) -> bool:
+    async def _renew(self, client: httpx.AsyncClient, gateway: str, worker: WorkerSpec) -> bool:
         try:
-            answer = await client.post(f"{gateway}/admin/workers", json=self._body())
+            answer = await client.post(f"{gateway}/admin/workers", json=_body(worker, self._ttl), headers=self._headers)
             why = "" if answer.is_success else f"answered {answer.status_code}: {answer.text[:300]}"
         except httpx.HTTPError as error:
             why = str(error) or type(error).__name__
         self._say(gateway, f"did not take the registration: {why}" if why else "")
         return not why
 
-    async def _end(self, client: httpx.AsyncClient, gateway: str) -> None:
+    async def _end(self, client: httpx.AsyncClient, gateway: str, worker: WorkerSpec) -> None:
         """A lease of no time: the gateway drains the worker, and no request is lost."""
         try:
-            await client.post(f"{gateway}/admin/workers", json={**self._body(), "ttl": 0.001})
+            await client.post(f"{gateway}/admin/workers", json=_body(worker, 0.001), headers=self._headers)
         except httpx.HTTPError as error:
             _log.warning("%s could not be told that the worker leaves: %s", gateway, error)
-
-    def _body(self) -> dict[str, Any]:
-        worker = self._worker
-        body = {"url": worker.url, "reports": worker.reports, "name": worker.name, "ttl": self._ttl}
-        key = worker.key.get_secret_value()
-        return body | ({"key": key} if key else {})
 
     def _say(self, who: str, what: str) -> None:
         if self._said.get(who) != what:
@@ -82,10 +79,16 @@ class Registration:
             _log.warning("%s %s", who, what) if what else _log.info("%s: registered", who)
 
 
-async def register(worker: WorkerSpec, gateways: Sequence[str], *, ttl: float, token: str) -> None:
-    """Keep a worker registered until SIGTERM or SIGINT."""
+def _body(worker: WorkerSpec, ttl: float) -> dict[str, Any]:
+    body = {"url": worker.url, "reports": worker.reports, "name": worker.name, "ttl": ttl}
+    key = worker.key.get_secret_value()
+    return body | ({"key": key} if key else {})
+
+
+async def register(workers: Sequence[WorkerSpec], gateways: Sequence[str], *, ttl: float, token: str) -> None:
+    """Keep an engine's workers registered until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, stop.set)
-    await Registration(worker, gateways, ttl=ttl, token=token).run(stop)
+    await Registration(workers, gateways, ttl=ttl, token=token).run(stop)

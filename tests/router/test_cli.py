@@ -30,3 +30,10 @@ def test_open_files_suffice_for_the_requests_that_are_let_in(
     cli._raise_file_limit(load({"max_in_flight": 1000, "max_queue": 20}, {}))
     assert given == ([raised] if raised else [])
     assert ("ulimit -n" in caplog.text) == warned
+
+
+def test_a_gateway_without_workers_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    cli._warn_if_alone(load({"discover": ["dns://fleet:80"]}, {}))
+    assert not caplog.text
+    cli._warn_if_alone(load({}, {}))
+    assert "--worker http://HOST:PORT" in caplog.text

@@ -123,7 +123,7 @@ def test_every_setting_is_a_flag_with_a_description() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve"], "no workers"),
+        (["serve", "--workers", "4"], "--processes 4"),
         (["serve", "--worker", "nonsense://x"], "http://HOST:PORT"),
         (["serve", "--worker", WORKER, "--policy", "best"], "policy"),
         (["stats", "nowhere"], "HOST:PORT"),

@@ -55,6 +55,17 @@ def test_every_address_is_a_worker() -> None:
     run(scenario())
 
 
+def test_every_rank_of_an_address_is_a_worker() -> None:
+    async def scenario() -> None:
+        zone, seen = Zone(), list[list[WorkerSpec]]()
+        zone.answer = ["10.0.0.1"]
+        await watch_of(zone, seen, DnsSpec.parse("dns://fleet.test:8000,dp=2")).look_up()
+        assert [worker.url for worker in seen[0]] == ["http://10.0.0.1:8000#0", "http://10.0.0.1:8000#1"]
+        assert [worker.report_address for worker in seen[0]] == [("10.0.0.1", 5571), ("10.0.0.1", 5572)]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("trouble", [[], LookupFailed("no such name"), OSError("no network"), "hang"])
 def test_trouble_keeps_the_last_known_set(trouble: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
@@ -179,7 +190,7 @@ def test_the_system_resolves_this_machines_name() -> None:
         ("dns://fleet", "names no port"),
         ("dns://:80", "dns://NAME:PORT"),
         ("dns+srv://fleet:80", "name the port themselves"),
-        ("dns://fleet:80,name=x", "only reports="),
+        ("dns://fleet:80,name=x", "only reports=PORT"),
         ("dns://fleet:80,reports=host:1", "a port number or none"),
         ("http://fleet:80", "dns://NAME:PORT"),
     ],

@@ -16,7 +16,7 @@ def test_simulated_a_worker_keeps_its_lease_and_leaves_without_loss() -> None:
             urls = [f"http://127.0.0.1:{gateway.port}/" for gateway in (one, two)]
             spec = WorkerSpec.parse(worker.spec("self"))
             stop = asyncio.Event()
-            keeping = asyncio.create_task(Registration(spec, urls, ttl=0.9, token="t").run(stop))
+            keeping = asyncio.create_task(Registration([spec], urls, ttl=0.9, token="t").run(stop))
             for gateway in (one, two):
                 registry = gateway.gateway.registry
                 await until(lambda registry=registry: registry.get("self") and registry.get("self").up)
@@ -42,7 +42,7 @@ def test_simulated_a_worker_that_is_not_well_is_not_registered() -> None:
         worker.status = 503
         async with running_gateway() as gateway, httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{gateway.port}"
-            registration = Registration(WorkerSpec.parse(worker.spec("self")), [url, "http://127.0.0.1:9"], ttl=5)
+            registration = Registration([WorkerSpec.parse(worker.spec("self"))], [url, "http://127.0.0.1:9"], ttl=5)
             assert await registration.renew(client) == 0
             worker.status = 200
             assert await registration.renew(client) == 1, "one gateway that is away does not keep it from the other"
