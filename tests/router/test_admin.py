@@ -189,7 +189,7 @@ def test_simulated_admin_without_token_answers_to_localhost_only() -> None:
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("PUT", "/health", 405)])
 def test_simulated_other_paths_answer_error_objects(method: str, path: str, status: int) -> None:
     async def scenario() -> None:
-        async with running_gateway(await SimulatedWorker().start()) as gateway:
+        async with running_gateway(await SimulatedWorker().start(), pass_through=False) as gateway:
             answer = await gateway.client.request(method, path)
             assert answer.status_code == status
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -1,6 +1,7 @@
 """Logs and traces of requests, and the figures kept beside them."""
 
 import asyncio
+import gzip
 import json
 import logging
 import os
@@ -126,6 +127,29 @@ def test_a_collector_that_is_not_there_delays_nothing(monkeypatch: pytest.Monkey
         async with running_gateway(worker, otlp_traces_endpoint="http://127.0.0.1:9") as gateway:
             assert (await gateway.chat("x")).status_code == 200
         assert time.monotonic() - began < 8
+
+    run(scenario())
+
+
+def test_simulated_spans_reach_a_collector() -> None:
+    async def scenario() -> None:
+        posted: list[tuple[bytes, bytes]] = []
+
+        async def collect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            posted.append((head.split(b" ")[1], await reader.readexactly(length)))
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            writer.close()
+
+        collector = await asyncio.start_server(collect, "127.0.0.1", 0)
+        endpoint = "http://127.0.0.1:{}".format(collector.sockets[0].getsockname()[1])
+        async with running_gateway(await SimulatedWorker().start(), otlp_traces_endpoint=endpoint) as gateway:
+            request_id = (await gateway.chat("x")).headers["x-request-id"]
+        assert [path for path, _ in posted] == [b"/v1/traces"]
+        body = posted[0][1]
+        assert request_id.encode() in (gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+        collector.close()
 
     run(scenario())
 
