@@ -143,7 +143,7 @@ def test_simulated_spans_reach_a_collector() -> None:
             writer.close()
 
         collector = await asyncio.start_server(collect, "127.0.0.1", 0)
-        endpoint = "http://127.0.0.1:{}".format(collector.sockets[0].getsockname()[1])
+        endpoint = f"http://127.0.0.1:{collector.sockets[0].getsockname()[1]}"
         async with running_gateway(await SimulatedWorker().start(), otlp_traces_endpoint=endpoint) as gateway:
             request_id = (await gateway.chat("x")).headers["x-request-id"]
         assert [path for path, _ in posted] == [b"/v1/traces"]
