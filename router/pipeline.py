@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -504,9 +504,8 @@ class Pipeline:
 
     def _hashes(self, plan: Plan, namespace: Namespace) -> list[list[bytes]]:
         if namespace not in plan.hashes:
-            model, size = namespace
-            root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt=plan.request.cache_salt)
-            plan.hashes[namespace] = [ids.chunks(root, size) for ids in plan.tokenized.prompts]
+            root = _root(*namespace, plan.pool.lora, plan.request.cache_salt)
+            plan.hashes[namespace] = [ids.chunks(root, namespace[1]) for ids in plan.tokenized.prompts]
         return plan.hashes[namespace]
 
     def chunks(self, plan: Plan, namespace: Namespace) -> list[bytes]:
@@ -533,6 +532,11 @@ class Pipeline:
         return Unavailable(
             f"no worker serving {pool.model!r} can take the request ({reasons})", retry_after=_RETRY_AFTER_S
         )
+
+
+@lru_cache(maxsize=1024)
+def _root(model: str, size: int, lora: str, cache_salt: str) -> bytes:
+    return root_hash(chunk_size=size, model=model, lora=lora, cache_salt=cache_salt)
 
 
 def _first_missing(plan: Plan, worker: Worker, hit: Hit) -> str:

@@ -46,6 +46,7 @@ def serve(settings: Settings, sources: Sources) -> int:
         logs.set_up(settings.log_level, settings.log_format, number)
         siblings = Siblings(directory, number, settings.processes)
         app = create_app(settings, sources, siblings)
+        app.owns_process = True
         _on_hangup(app, files=_files(settings, sources))
         with suppress(KeyboardInterrupt):
             make_server(app, settings).run(sockets)
@@ -63,6 +64,7 @@ def serve(settings: Settings, sources: Sources) -> int:
 def _serve_alone(settings: Settings, sources: Sources) -> int:
     logs.set_up(settings.log_level, settings.log_format)
     app = create_app(settings, sources)
+    app.owns_process = True
     _on_hangup(app, files=_files(settings, sources))
     try:
         make_server(app, settings).run()

@@ -165,7 +165,11 @@ class Worker:
     @property
     def weight(self) -> int:
         """Its load in tokens: what waits to be computed, and a share for each request it runs."""
-        return self.load.uncached_tokens + DECODE_TOKENS * max(self.load.in_flight, self._reported_requests())
+        load, beat = self.load, self.heartbeat
+        running = load.in_flight
+        if beat is not None and beat.running + beat.waiting > running:
+            running = beat.running + beat.waiting
+        return load.uncached_tokens + DECODE_TOKENS * running
 
     @property
     def prefill_speed(self) -> float:
@@ -218,9 +222,6 @@ class Worker:
         self.average_load = 0.0
         self.synced = False
         self.load.unreported()
-
-    def _reported_requests(self) -> int:
-        return self.heartbeat.running + self.heartbeat.waiting if self.heartbeat is not None else 0
 
 
 def least_bad(workers: Iterable[Worker], exclude: Container[str] = ()) -> list[Worker]:

@@ -68,16 +68,25 @@ class Policy(Protocol):
 
 def candidate(worker: Worker, hit: Hit) -> Candidate:
     """What policies see of a worker that holds ``hit`` tokens of the prompt."""
-    believed = worker.believed(hit.total)
-    load = worker.load
-    return Candidate(worker, believed, worker.weight, load.in_flight, worker.prefill_speed, min(hit.gpu, believed))
+    gpu, total = hit
+    believed = worker.believed(total) if total else 0
+    return Candidate(
+        worker,
+        believed,
+        worker.weight,
+        worker.load.in_flight,
+        worker.prefill_speed,
+        min(believed, gpu),
+    )
 
 
 def pick(candidates: Iterable[Candidate], rng: random.Random) -> Candidate:
     """The least loaded; among equals, one at random. Where other routers send to the same workers, loads that are nearly
     equal count as equal: by the same reports all of them would take the same worker until the next heartbeat."""
     ranked = list(candidates)
-    least = min((c.load, c.in_flight) for c in ranked)
+    if len(ranked) == 1:
+        return ranked[0]
+    least = min([(c.load, c.in_flight) for c in ranked])
     if ranked[0].worker.load.shared:
         equal = [c for c in ranked if c.load <= least[0] + SHARED_SLACK_TOKENS]
     else:

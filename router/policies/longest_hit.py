@@ -30,12 +30,12 @@ class LongestHit:
         self._hot = HotPrefixes()
 
     def choose(self, query: Query, candidates: Sequence[Candidate]) -> Choice:
-        longest = max(c.hit_tokens for c in candidates)
-        if not longest:
+        tokens = {c.hit_tokens for c in candidates}
+        if not any(tokens):
             return least_loaded(candidates, self._rng, "no hit; ")
-        least = min(c.load for c in candidates)
+        least = min([c.load for c in candidates])
         passed: Candidate | None = None
-        for hit in sorted({c.hit_tokens for c in candidates}, reverse=True):
+        for hit in sorted(tokens, reverse=True):
             best = pick([c for c in candidates if c.hit_tokens == hit], self._rng)
             if best.load - least <= self._saturation.limit(best.prefill_speed):
                 return self._or_copy(query, best, candidates, _reason(query, best, passed, least))
@@ -44,6 +44,8 @@ class LongestHit:
 
     def _or_copy(self, query: Query, best: Candidate, candidates: Sequence[Candidate], reason: str) -> Choice:
         idle = pick(candidates, self._rng)
+        if idle is best:
+            return Choice(best.worker, reason)
         if why := self._hot.copy_instead(query, best, idle):
             return Choice(idle.worker, why)
         return Choice(best.worker, reason)
