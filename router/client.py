@@ -182,6 +182,8 @@ class Client:
 
     def _lost(self) -> None:
         self.gone = True
+        if self._cycle is not None:  # uvicorn tells the last request that arrived, which need not be this one
+            self._cycle.disconnected = True
         if self._task is not None:
             self._task.cancel()
 

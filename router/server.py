@@ -24,7 +24,7 @@ from router.client import CONNECTION, Headers
 from router.config import Settings
 from router.errors import RequestTimeout, TooLarge
 from router.tls import server_context
-from router.upgrade import parser_past_head
+from router.upgrade import parse_past_head
 
 TICK_S = 0.1
 _PROTOCOL_SETTINGS = ("max_header_bytes", "client_timeout", "body_timeout", "drain_idle")
@@ -47,7 +47,7 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._received = self._unsent = b""
-        self._promised = 0
+        self._promised: int | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._overdue: asyncio.TimerHandle | None = None
 
@@ -79,7 +79,7 @@ class Protocol(HttpToolsProtocol):
     def _head(self, cycle: RequestResponseCycle, status: int, headers: Headers) -> bytes:
         """The response's head; what the cycle keeps of a response is set as if it had sent it."""
         cycle.response_started, cycle.waiting_for_100_continue = True, False
-        cycle.chunked_encoding, self._promised = True, 0
+        cycle.chunked_encoding, self._promised = cycle.scope["http_version"] == "1.1", None
         parts = [STATUS_LINE[status]]
         for name, value in headers:
             parts += (name, b": ", value, b"\r\n")
@@ -89,11 +89,10 @@ class Protocol(HttpToolsProtocol):
                 cycle.keep_alive = False
         if not cycle.keep_alive:
             parts.append(b"connection: close\r\n")
-        if cycle.chunked_encoding:
-            if status in (204, 304):
-                cycle.chunked_encoding = False
-            else:
-                parts.append(b"transfer-encoding: chunked\r\n")
+        if status in (204, 304):  # without a body, whatever length a 304 tells
+            cycle.chunked_encoding, self._promised = False, None
+        elif cycle.chunked_encoding:
+            parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n")
         return b"".join(parts)
 
@@ -103,7 +102,8 @@ class Protocol(HttpToolsProtocol):
             piece = b"%x\r\n%b\r\n%b" % (len(data), data, last) if data else last
             self.transport.write(head + piece if head else piece)
         elif head or data:
-            self._promised -= len(data)
+            if self._promised is not None:
+                self._promised -= len(data)
             self.transport.write(head + data)
 
     def abort(self, cycle: RequestResponseCycle) -> None:
@@ -142,6 +142,11 @@ class Protocol(HttpToolsProtocol):
         if self.draining:
             self.cycle.keep_alive = False
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self.cycle.response_complete:  # answered before its body was here
+            self.cycle.more_body = False
+
     def _should_upgrade(self) -> bool:
         """Asked only of requests that offer another protocol: they begin as any other, and do not end with their head."""
         return not self._in_head
@@ -152,7 +157,7 @@ class Protocol(HttpToolsProtocol):
         at = ended.args[0] if ended is not None and ended.args else len(self._received)
         rest = self._received[at:]
         try:
-            self.parser = parser_past_head(self, self.scope["method"].encode(), self.headers)
+            parse_past_head(self, self.scope["method"].encode(), self.headers)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
             return
@@ -179,6 +184,8 @@ class Protocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             # Whoever reads the body has a deadline of their own.
             self._await_rest()
+        elif not self._in_head:
+            self.transport.close()  # it was answered: another answer would be taken for the next request's
         elif not self.transport.is_closing():
             error = RequestTimeout(f"no whole request arrived within {self.body_timeout:g} s")
             self._answer(b"408 Request Timeout", error.body())

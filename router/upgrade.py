@@ -45,13 +45,13 @@ class Unheard:
         self._protocol.on_message_complete()
 
 
-def parser_past_head(protocol: Any, method: bytes, headers: list[tuple[bytes, bytes]]) -> Any:
-    """A parser that expects the body of a request with these headers, and further requests after it.
+def parse_past_head(protocol: Any, method: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """Give ``protocol`` a parser that expects the body of a request with these headers, and further requests after it.
+    A request without a body ends here: the protocol hears it, and must not ask the parser before then.
 
     Raises:
         httptools.HttpParserError: the headers frame no body.
     """
-    parser = httptools.HttpRequestParser(Unheard(protocol))
+    parser = protocol.parser = httptools.HttpRequestParser(Unheard(protocol))
     lines = [b"%s: %s\r\n" % header for header in headers if header[0] in _FRAMING]
     parser.feed_data(b"".join((method, b" / HTTP/1.1\r\nhost: h\r\n", *lines, b"\r\n")))
-    return parser
