@@ -94,6 +94,10 @@ class Saves:
         if not self._allowed or not self._ledger.capacity:
             return due
         requests = self._requests
+        for entry in output.scheduled_new_reqs:
+            # A session that streams its input comes back with a longer prompt, whose end may be short of the boundary.
+            if (state := requests.get(entry.req_id)) is not None:
+                state.boundary = 0
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = requests.get(request_id)
             if state is None or not state.eligible:
