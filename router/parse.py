@@ -147,12 +147,22 @@ def parse_other(
         body = _decode(raw)
         model = body.get("model")
     else:
-        query = scope.get("query_string") or b""
-        model = parse_qs(query.decode("latin-1"), max_num_fields=100).get("model", [""])[0] if query else ""
+        form = raw and content_type[:33].lower() == b"application/x-www-form-urlencoded"
+        model = _last_model(raw if form else scope.get("query_string") or b"")
     if model is not None and not isinstance(model, str):
         raise _wrong("model", "a string", model)
     method = b"GET" if scope["method"] == "HEAD" else scope["method"].encode("ascii")
     return Request(kind, raw, body, model or "", "", request_id, headers, method, repeatable=repeatable)
+
+
+def _last_model(pairs: bytes) -> str:
+    """Of a form or query string; as workers read it, the last one counts, given or empty."""
+    if not pairs:
+        return ""
+    try:
+        return parse_qs(pairs.decode("latin-1"), keep_blank_values=True, max_num_fields=100).get("model", [""])[-1]
+    except ValueError as error:
+        raise InvalidRequest("the form or query string has more than 100 fields") from error
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

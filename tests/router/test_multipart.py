@@ -1,5 +1,7 @@
 """The model's name out of forms, against a well-kept parser."""
 
+import asyncio
+from collections.abc import AsyncGenerator
 from email.message import EmailMessage
 from email.parser import BytesParser
 from email.policy import HTTP
@@ -8,6 +10,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.datastructures import Headers
 
 from router.errors import InvalidRequest
 from router.multipart import LONGEST_FIELD, MOST_PARTS, form_field
@@ -44,12 +47,72 @@ def test_a_field_is_found_among_others(model: str, others: dict[str, str], audio
 def test_other_spellings(quoted: bool) -> None:
     boundary = '"a b"' if quoted else "ab"
     mark = boundary.strip('"').encode()
-    body = (
-        b"preamble\r\n--%s  \r\nContent-Type: text/plain\r\nCONTENT-DISPOSITION: form-data; name=model\r\n\r\nm\r\n"
-        % mark
+    body = b"--%s\r\nContent-Type: text/plain\r\nCONTENT-DISPOSITION: form-data; name=model\r\n\r\nm\r\n" % mark
+    body += b'--%s\r\ncontent-disposition:form-data;name="x";FILENAME="a;\\"b"\r\n\r\nm\r\n--%s--\r\nepilogue' % (
+        mark,
+        mark,
     )
-    body += b"--%s\r\n\r\nno head\r\n--%s--\r\nepilogue" % (mark, mark)
-    assert form_field(body, f"multipart/form-data; charset=x; Boundary={boundary}".encode(), "model") == "m"
+    assert form_field(body, f"multipart/form-data; charset=UTF-8; Boundary={boundary}".encode(), "model") == "m"
+
+
+HONEST = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nmine\r\n'
+TYPE = b"multipart/form-data; boundary=b"
+
+
+@pytest.mark.parametrize(
+    ("part", "content_type"),
+    [
+        (b"--b\r\nX-Content-Disposition: form-data; name=x\r\nContent-Disposition: form-data; name=model", TYPE),
+        (b"--b\r\nContent-Disposition: form-data; name=x\r\nContent-Disposition: form-data; name=model", TYPE),
+        (b"--b\r\nContent-Disposition: form-data; name=x; name=model", TYPE),
+        (b"--b\r\nContent-Disposition: form-data; name=model; filename*=utf-8''a", TYPE),
+        (b'--b\r\nContent-Disposition: form-data; x="; name=x"; name=model', TYPE),
+        (b"--b\r\nX: " + b"x" * 9000 + b"\r\nContent-Disposition: form-data; name=model", TYPE),
+        (b"--b\r\nX: y\r\n Content-Disposition: form-data; name=x\r\nContent-Disposition: form-data; name=model", TYPE),
+        (HONEST[:-2], b"multipart/form-data; xboundary=a; boundary=b"),
+        (HONEST[:-2], b"multipart/form-data; boundary=a; boundary=b"),
+        (HONEST[:-2], TYPE + b"; charset=utf-7"),
+    ],
+)
+def test_a_worker_never_reads_another_model(part: bytes, content_type: bytes) -> None:
+    """After an honest part comes one that hides; what reads it as a worker does has to find what was found here."""
+    body = HONEST + part + (b"\r\n\r\ntheirs" if part[:9] != HONEST[:9] or b"mine" not in part else b"") + b"\r\n--b--"
+    try:
+        found = form_field(body, content_type, "model")
+    except InvalidRequest:
+        return
+    assert found == by_worker(body, content_type)
+
+
+def test_no_part_hides_behind_what_begins_as_a_boundary() -> None:
+    decoy = b'\r\n--bx\r\ncontent-disposition: form-data; name="model"\r\n\r\nmine'
+    body = b'--b\r\ncontent-disposition: form-data; name="model"\r\n\r\ntheirs\r\n'
+    body += b'--b\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n' + decoy + b"\r\n--b--"
+    with pytest.raises(InvalidRequest):
+        form_field(body, TYPE, "model")
+
+
+def test_the_last_one_counts_even_if_empty() -> None:
+    assert form_field(HONEST + HONEST.replace(b"mine", b"") + b"--b--", TYPE, "model") == ""
+
+
+def by_worker(body: bytes, content_type: bytes) -> str | None:
+    """As vLLM's server framework reads forms."""
+    pytest.importorskip("python_multipart")
+    from starlette.formparsers import MultiPartException, MultiPartParser
+
+    async def parse() -> str | None:
+        async def stream() -> AsyncGenerator[bytes, None]:
+            yield body
+
+        headers = Headers(raw=[(b"content-type", content_type)])
+        values = (await MultiPartParser(headers, stream()).parse()).getlist("model")
+        return str(values[-1]) if values else None
+
+    try:
+        return asyncio.run(parse())
+    except (MultiPartException, ValueError, LookupError):
+        return "mine"
 
 
 def test_agrees_with_the_standard_library() -> None:
