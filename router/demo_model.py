@@ -22,11 +22,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(directory: Path, *, seed: int = 0) -> None:
-    """Write weights, configuration, tokenizer and chat template; needs torch and transformers."""
+def make_model(directory: Path, *, seed: int = 0, hidden_size: int = 256, layers: int = 4) -> None:
+    """Write weights, configuration, tokenizer and chat template; needs torch and transformers. ``hidden_size`` is a
+    multiple of 128: heads are 64 wide, two to a KV head."""
     directory.mkdir(parents=True, exist_ok=True)
     _tokenizer().save_pretrained(directory)
-    _llama(seed).save_pretrained(directory)
+    _llama(seed, hidden_size, layers).save_pretrained(directory)
 
 
 def _tokenizer() -> Any:
@@ -53,7 +54,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _llama(seed: int) -> Any:
+def _llama(seed: int, hidden_size: int, layers: int) -> Any:
     import torch  # noqa: PLC0415
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - the router itself runs without it
 
@@ -61,11 +62,11 @@ def _llama(seed: int) -> Any:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 64,
+            num_key_value_heads=hidden_size // 128,
             head_dim=64,
             max_position_embeddings=CONTEXT,
             bos_token_id=0,

@@ -138,9 +138,11 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None
-        meta = connector_output.kv_connector_worker_meta
+        meta, finished = connector_output.kv_connector_worker_meta, connector_output.finished_recving
+        if meta is None and not finished:
+            return  # vLLM goes on to take_events, which publishes
         report = meta.report if isinstance(meta, WorkerMetadata) else None
-        self._scheduler.absorb(report, connector_output.finished_recving or ())
+        self._scheduler.absorb(report, finished or ())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         del block_ids
@@ -253,8 +255,9 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 half.close()
 
     def _plan(self) -> StepPlan | None:
+        """What there is to do in this step; None where that is nothing."""
         metadata = self._connector_metadata
-        return metadata.plan if isinstance(metadata, StepMetadata) else None
+        return metadata.plan if isinstance(metadata, StepMetadata) and metadata is not _PLAIN else None
 
 
 def _can_report_failures(cache: Any) -> bool:
