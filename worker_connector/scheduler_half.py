@@ -49,6 +49,7 @@ class SchedulerHalf:
         self._server: ReportServer | None = None
         self._manager: Any = None
         self._gauges_due = 0.0
+        self._held: dict[str, int] = {}
         self.planner = Planner(
             config,
             self.ledger,
@@ -93,17 +94,17 @@ class SchedulerHalf:
         self.planner.publish_changes()
 
     def take_stats(self) -> Counts:
-        """Figures since the last call; none of the gauges in steps in which nothing was counted, for a while."""
-        now = time.monotonic()
-        if not self.stats.has_news and now < self._gauges_due:
+        """Figures since the last call; nothing in steps in which nothing was counted or held, for a while."""
+        now, held = time.monotonic(), self.ledger.counts()
+        if not self.stats.has_news and held == self._held and now < self._gauges_due:
             return {}
-        self._gauges_due = now + GAUGE_SECONDS
+        self._gauges_due, self._held = now + GAUGE_SECONDS, held
         if self._server is not None:
             self.stats.set("report_readers", self._server.readers)
             self.stats.bring("dropped_readers", self._server.dropped_readers)
             self.stats.bring("relists", self._server.relists)
-        for tier, held in self.ledger.counts().items():
-            self.stats.set("held_chunks", held, tier)
+        for tier, chunks in held.items():
+            self.stats.set("held_chunks", chunks, tier)
         return self.stats.take()
 
     def close(self) -> None:
@@ -190,12 +191,21 @@ class SchedulerHalf:
 
     def _operations(self) -> dict[str, Any]:
         return {
-            "stats": lambda _: {"counts": self.stats.total(), "held_chunks": self.ledger.counts()},
+            "stats": lambda _: {"counts": self._totals(), "held_chunks": self.ledger.counts()},
             "lookup": self._lookup,
             "clear": self._clear,
             "pin": lambda arguments: {"changed": self.ledger.keep(_chunks(arguments))},
             "unpin": lambda arguments: {"changed": self.ledger.keep(_chunks(arguments), keep=False)},
         }
+
+    def _totals(self) -> Counts:
+        """Figures since the start. What changes while the engine takes no step is looked up."""
+        totals: Counts = {**self.stats.total(), "held_chunks": {**self.ledger.counts()}}
+        if (server := self._server) is not None:
+            totals["report_readers"] = {"": server.readers}
+            totals["dropped_readers"] = {"": server.dropped_readers}
+            totals["relists"] = {"": server.relists}
+        return totals
 
     def _lookup(self, arguments: dict[str, Any]) -> dict[str, list[str]]:
         """Which tiers hold each chunk."""

@@ -1,0 +1,53 @@
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from worker_connector.config import ConnectorConfig
+from worker_connector.ledger import CPU, GPU
+from worker_connector.scheduler_half import SchedulerHalf
+
+
+@pytest.fixture
+def half() -> Iterator[SchedulerHalf]:
+    """The part of an engine without a KV cache that could be stored; its report port is open."""
+    model = SimpleNamespace(served_model_name="m", model="m", max_model_len=64)
+    parallel = SimpleNamespace(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1)
+    vllm = SimpleNamespace(
+        model_config=model, parallel_config=parallel, cache_config=SimpleNamespace(block_size=16, cache_dtype="auto")
+    )
+    cache = SimpleNamespace(kv_cache_groups=[], kv_cache_tensors=[], num_blocks=64)
+    made = SchedulerHalf(ConnectorConfig(report_port=0), vllm, cache, may_load=False, may_save=False)
+    made.start([8])
+    yield made
+    made.close()
+
+
+def fill(half: SchedulerHalf, chunks: int) -> None:
+    for number in range(chunks):
+        slot = half.ledger.reserve(bytes([number] * 16))
+        assert slot is not None
+        half.ledger.commit(slot)
+
+
+def test_chunks_held_are_told_in_the_next_step_whatever_else_happened(half: SchedulerHalf) -> None:
+    fill(half, 3)
+    assert half.take_stats()["held_chunks"] == {GPU: 0, CPU: 3}
+    assert half.take_stats() == {}
+    half._operations()["clear"]({})
+    assert half.take_stats() == {"held_chunks": {CPU: 0}}
+    half.ledger.gpu_stored([bytes(16)])
+    assert half.take_stats() == {"held_chunks": {GPU: 1}}
+
+
+def test_an_idle_engine_tells_what_it_holds_now(half: SchedulerHalf) -> None:
+    half.take_stats()
+    fill(half, 3)
+    assert half._operations()["stats"]({})["counts"]["held_chunks"] == {GPU: 0, CPU: 3}
+    half._operations()["clear"]({})
+    assert half._operations()["stats"]({})["counts"]["held_chunks"] == {GPU: 0, CPU: 0}
+    assert half._server is not None
+    half._server.relists, half._server.dropped_readers = 5, 2
+    counts = half._operations()["stats"]({})["counts"]
+    assert (counts["relists"], counts["dropped_readers"]) == ({"": 5}, {"": 2})
+    assert counts["report_readers"] == {"": 0}
