@@ -39,10 +39,10 @@ class Slab:
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.pinned = False
-        self._memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError, AttributeError):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.bytes: torch.Tensor | None = whole[:size]
         self._address = whole.data_ptr()
         if size:
@@ -52,12 +52,12 @@ class Slab:
 
     def close(self) -> None:
         """Give the memory back. No transfer may be under way; views that others still hold keep it until they go."""
+        # Tensors hold the mapping but do not export it, so that closing it would unmap it under them: the last one to
+        # go does that.
         self.bytes = None
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self._address)
             self.pinned = False
-        with suppress(BufferError):
-            self._memory.close()
 
     def _pin(self, size: int) -> None:
         # torch's own pinned allocator rounds sizes up to a power of two, which wastes up to half of a large slab.

@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,15 @@ def test_memory_is_taken_at_once_and_given_back_on_close() -> None:
     slab.close()
     gc.collect()
     assert resident_bytes() - before < 16 << 20
+
+
+def test_a_view_keeps_the_memory_of_a_closed_slab() -> None:
+    code = (
+        "from worker_connector.slab import Slab; slab = Slab(64, 4096); view = slab.bytes[-9:].numpy();"
+        "view[:] = 7; slab.close(); del slab; print(view.sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "63\n"), done.stderr
 
 
 def test_closing_twice_is_harmless() -> None:
