@@ -28,9 +28,11 @@ class Client:
         self._send = send
         self._connection = scope.get(CONNECTION)
         # What uvicorn calls a request and its response on that connection.
-        self._cycle: Any = send.__self__ if self._connection is not None else None  # type: ignore[attr-defined]
-        # uvicorn's own messages stay in use for HEAD, whose responses promise a body and have none.
-        self._direct = self._connection if scope["method"] != "HEAD" else None
+        self._cycle: Any = receive.__self__ if self._connection is not None else None  # type: ignore[attr-defined]
+        # uvicorn's own messages stay in use for HEAD, whose responses promise a body and have none, and where somebody
+        # in between adds to the response's head.
+        straight = scope["method"] != "HEAD" and getattr(send, "__self__", None) is self._cycle
+        self._direct = self._connection if straight else None
         self._task: asyncio.Task[Any] | None = None
         self._listener: asyncio.Task[None] | None = None
         self.gone = False

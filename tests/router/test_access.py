@@ -538,10 +538,12 @@ def test_simulated_other_origins_are_for_those_named() -> None:
             other = {**preflight, "origin": "https://evil.example"}
             answer = await gateway.client.options("/v1/chat/completions", headers=other)
             assert "access-control-allow-origin" not in answer.headers
-            answer = await gateway.client.post(
-                "/v1/chat/completions", json=chat_body("x"), headers={"origin": "https://page.example"}
-            )
-            assert answer.status_code == 200
+            for body, status in ((chat_body("x"), 200), (chat_body("x", stream=True), 200), ({}, 400)):
+                answer = await gateway.client.post(
+                    "/v1/chat/completions", json=body, headers={"origin": "https://page.example"}
+                )
+                assert answer.status_code == status
+                assert answer.headers["access-control-allow-origin"] == "https://page.example"
             assert "x-request-id" in answer.headers["access-control-expose-headers"]
             assert "access-control-allow-credentials" not in answer.headers
 

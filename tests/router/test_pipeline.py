@@ -401,13 +401,24 @@ async def patient_answer(port: int, data: bytes, seconds: float = 3) -> bytes:
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n",
         b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea",
         b"POST /admin/workers HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{",
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n{",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999\r\n\r\n{",
     ],
 )
 def test_simulated_requests_that_never_end_are_ended(begun: bytes) -> None:
     async def scenario() -> None:
         async with running_gateway(await SimulatedWorker().start(), body_timeout=0.3) as gateway:
             assert b" 408 " in await patient_answer(gateway.port, begun)
+            assert (await gateway.chat("still there?")).status_code == 200
+
+    run(scenario())
+
+
+def test_simulated_a_body_that_says_it_will_be_too_large_is_refused_before_it_comes() -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n{"
+
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start(), body_timeout=30) as gateway:
+            assert b" 413 " in await raw_answer(gateway, head)
             assert (await gateway.chat("still there?")).status_code == 200
 
     run(scenario())
