@@ -36,6 +36,13 @@ class CachingWorker(SimulatedWorker):
         return chunk_hashes(root_hash(chunk_size=self.chunk_size, model=self.model), ids, self.chunk_size)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what never comes."""
+    for module in ("router.doctor", "router.doctor_worker"):
+        monkeypatch.setattr(f"{module}.TIMEOUT_S", 1.5)
+
+
 def by_check(findings: list[Finding], target: str | None = None) -> dict[str, str]:
     """The worst result of each check."""
     order = ("skip", "ok", "warn", "fail")
@@ -66,6 +73,7 @@ def test_simulated_a_healthy_fleet_is_proven() -> None:
     run(scenario())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_simulated_each_ill_is_named_with_its_cure() -> None:
     async def scenario() -> None:
         silent, other, gone = CachingWorker(), CachingWorker(), CachingWorker()
@@ -90,6 +98,7 @@ def test_simulated_each_ill_is_named_with_its_cure() -> None:
     run(scenario())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_simulated_a_worker_alone() -> None:
     async def scenario() -> None:
         worker = await CachingWorker().start()
@@ -125,6 +134,7 @@ def test_simulated_reuse_that_is_not_told() -> None:
     run(scenario())
 
 
+@pytest.mark.usefixtures("impatient")
 def test_simulated_other_hashes_are_told_from_silence() -> None:
     async def scenario() -> None:
         class Otherwise(CachingWorker):
