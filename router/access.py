@@ -182,7 +182,7 @@ class Tenant:
         allowed = min(self.priority, 0)
         try:
             urgent = priority is not None and float(priority) < allowed
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InvalidRequest("priority must be a whole number", param="priority") from None
         if urgent:
             raise self._too_urgent(allowed)

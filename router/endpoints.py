@@ -63,7 +63,8 @@ BY_LOAD: tuple[str, ...] = (
 """Known requests whose work no cache saves, or whose prompt the engine alone knows."""
 
 PASSED_THROUGH = Endpoint("load", "load", frozenset(), repeatable=False)
-_STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(?:/[^/]+)?")
+# All below a response's id, in any spelling that some server may take: none of it may reach another tenant's response.
+_STORED = re.compile(r"/v1/responses/(?P<id>[^/]+)(?:/.*)?", re.IGNORECASE | re.DOTALL)
 _OF_A_RESPONSE = Endpoint("stored", "owner", frozenset({"GET", "POST", "DELETE"}), repeatable=False)
 
 _STOPS = "it stops, empties or slows a worker down for everybody"

@@ -66,6 +66,8 @@ async def forward(
             raise RetryableStatus(upstream.worker, f"answered {connection.status}")
         delivery = Delivery(connection.status, meter=meter)
         headers, is_stream = _merged(connection.headers, extra)
+        if 300 <= connection.status < 400:
+            headers = upstream.redirected(headers)
         if is_stream:
             await _stream(client, connection, headers, delivery, first_byte)
         else:

@@ -6,6 +6,7 @@ are kept by one timer per worker that looks at its connections, not by one timer
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -283,6 +284,15 @@ class Upstream:
             lines += (name, b": ", value, b"\r\n")
         lines.append(b"\r\n")
         return b"".join(lines)
+
+    def redirected(self, headers: Headers) -> Headers:
+        """A redirection's headers as seen from outside: Location without this worker's address and prefix."""
+        own = re.compile(
+            rb"(?i:https?://" + re.escape(self.host_header) + rb")" + re.escape(self._prefix) + rb"(?=/(?!/)|[?#]|$)"
+        )
+        return [
+            (n, own.sub(b"", v, count=1) or b"/") if n == b"location" and own.match(v) else (n, v) for n, v in headers
+        ]
 
     async def exchange(self, head: bytes, body: bytes, first_byte_timeout: float | None = None) -> Connection:
         """Send a request and wait for the response's head. Return the connection with ``release``.

@@ -225,6 +225,13 @@ def test_the_engines_priority_is_no_way_around_the_keys(own: int, given: Any, *,
             tenant.bind(request)
 
 
+@pytest.mark.parametrize("given", [10**400, "soon", [1], {}])
+def test_a_priority_that_is_no_number_is_the_clients_fault(given: Any) -> None:
+    tenant = Access([spec()]).authenticate(bearer(KEY))
+    with pytest.raises(InvalidRequest):
+        tenant.bind(parse_request("chat", json.dumps(chat_body("x", priority=given)).encode(), [], "id"))
+
+
 def test_the_queues_priority_is_the_headers_as_far_as_the_key_allows() -> None:
     tenant = Access([spec(priority=-5)]).authenticate(bearer(KEY))
     assert tenant.urgency([]) == -5

@@ -49,7 +49,8 @@ def test_paths_are_found() -> None:
         find("/v1/anything/else", "PUT", pass_through=False)
     with pytest.raises(MethodNotAllowed):
         find("/v1/embeddings", "GET")
-    assert [response_id(f"/v1/responses/{rest}") for rest in ("a", "a/cancel", "a/b/c", "")] == ["a", "a", "", ""]
+    assert [response_id(f"/v1/responses/{rest}") for rest in ("a", "a/cancel", "a/b/c", "A/", "")] == [*"aaaA", ""]
+    assert find("/V1/Responses/a/", "GET").kind == "stored"  # type: ignore[union-attr] # whoever's response it is
 
 
 def test_every_route_of_vllm_is_decided() -> None:

@@ -125,3 +125,27 @@ def test_a_client_that_leaves_requests_behind_is_no_error(caplog: pytest.LogCapt
     with caplog.at_level(logging.ERROR):
         run(scenario())
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("location", "seen"),
+    [
+        ("http://{own}/v1/chat/completions?a=1", "/v1/chat/completions?a=1"),
+        ("HTTP://{own}", "/"),
+        ("http://{own}//elsewhere/x", "http://{own}//elsewhere/x"),
+        ("http://{own}0/x", "http://{own}0/x"),
+        ("https://elsewhere/x", "https://elsewhere/x"),
+        ("/x", "/x"),
+    ],
+)
+def test_a_redirection_leads_back_to_the_gateway(location: str, seen: str) -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        own = f"127.0.0.1:{worker.port}"
+        async with running_gateway(worker) as gateway:
+            head = f"HTTP/1.1 307 X\r\nlocation: {location.format(own=own)}\r\ncontent-length: 0\r\n\r\n"
+            worker.raw_answer = [head.encode()]
+            answer = await gateway.chat("hello")
+            assert (answer.status_code, answer.headers["location"]) == (307, seen.format(own=own))
+
+    run(scenario())
