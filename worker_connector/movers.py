@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from worker_connector.plan import MAX_SAMPLES, LoadJob, Sample, SaveJob, Span, WorkerReport
-from worker_connector.regions import SlotLayout
+from worker_connector.regions import Region, SlotLayout
 
 _log = logging.getLogger("vllm.warmroute.movers")
 
@@ -43,6 +43,7 @@ class Copier:
         self._layout = layout
         self._on_host = cache.device.type == "cpu"
         self._cache_start, self._slab_start = cache.data_ptr(), slab.data_ptr()
+        self._blocks = [_blocks_within(cache.numel(), regions) for regions in layout.regions]
         self._pages = [_host_pages(cache, slab, layout, group) for group in range(len(layout.regions))]
 
     def nbytes(self, spans: Iterable[Span]) -> int:
@@ -50,7 +51,8 @@ class Copier:
         return sum(len(span.blocks) * self._layout.block_bytes(span.group) for span in spans)
 
     def to_cache(self, span: Span) -> None:
-        """Copy a span's bytes from its slot into its blocks."""
+        """Copy a span's bytes from its slot into its blocks. An ``IndexError`` if the cache lacks one of them."""
+        self._check(span)
         for in_cache, in_slab, count in self._pieces(span):
             if self._on_host:
                 memmove(self._cache_start + in_cache, self._slab_start + in_slab, count)
@@ -59,7 +61,8 @@ class Copier:
                 self._cache[in_cache : in_cache + count].copy_(source, non_blocking=True)
 
     def to_slab(self, span: Span) -> None:
-        """Copy a span's blocks into its slot."""
+        """Copy a span's blocks into its slot. An ``IndexError`` if the cache lacks one of them."""
+        self._check(span)
         if pages := self._pages[span.group]:
             blocks, end = np.array(span.blocks), span.at + len(span.blocks)
             for in_cache, in_slab in pages:
@@ -71,6 +74,11 @@ class Copier:
             else:
                 source = self._cache[in_cache : in_cache + count]
                 self._slab[in_slab : in_slab + count].copy_(source, non_blocking=True)
+
+    def _check(self, span: Span) -> None:
+        # Neither of the ways to copy does: they would read and write what belongs to others.
+        if max(span.blocks, default=0) >= self._blocks[span.group]:
+            raise IndexError(f"block {max(span.blocks)} of a KV cache of {self._blocks[span.group]} blocks")
 
     def _pieces(self, span: Span) -> Iterator[tuple[int, int, int]]:
         """Runs of bytes: offset in the cache, offset in the slab, length."""
@@ -85,6 +93,11 @@ class Copier:
                     continue
                 for at in range(count):
                     yield in_cache + at * region.block_stride, in_slab + at * region.nbytes, region.nbytes
+
+
+def _blocks_within(size: int, regions: Iterable[Region]) -> int:
+    """How many blocks all regions have in a cache of so many bytes."""
+    return min(((size - region.offset - region.nbytes) // region.block_stride + 1 for region in regions), default=0)
 
 
 def _host_pages(cache: torch.Tensor, slab: torch.Tensor, layout: SlotLayout, group: int) -> list[tuple[Any, Any]]:

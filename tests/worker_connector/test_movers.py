@@ -127,6 +127,18 @@ def test_a_region_narrower_than_its_stride_is_copied_block_by_block() -> None:
     assert torch.equal(cache.view(10, 64), expected)
 
 
+@pytest.mark.parametrize("stride", [512, 520])
+def test_a_block_that_the_cache_lacks_fails_its_copy(stride: int) -> None:
+    layout = SlotLayout([[Region(8, stride, 512)]], [PER_CHUNK])
+    cache = torch.zeros(8 + 4 * stride, dtype=torch.uint8)
+    copier = Copier(cache, torch.zeros(layout.slot_bytes, dtype=torch.uint8), layout)
+    copier.to_slab(Span(0, 0, 0, [0, 3]))
+    copier.to_cache(Span(0, 0, 0, [0, 3]))
+    for copy in (copier.to_slab, copier.to_cache):
+        with pytest.raises(IndexError, match="block 4 of a KV cache of 4 blocks"):
+            copy(Span(0, 0, 0, [0, 4]))
+
+
 def test_submitting_does_not_wait_for_the_copy_and_each_end_is_told_once() -> None:
     with rig(GatedCopier) as bench:
         bench.save(1, 0, [1, 2, 3, 4])
