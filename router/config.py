@@ -379,8 +379,10 @@ def policy_names() -> tuple[str, ...]:
 def _from_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration file {path} is not YAML{_place(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -390,6 +392,14 @@ def _from_file(path: str) -> dict[str, Any]:
         if key not in Settings.model_fields:
             raise ConfigError(f"{path}: {_unknown(key)}")
     return values
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """Where and why, without what stands there, which may be a secret."""
+    mark = getattr(error, "problem_mark", None)
+    where = f": line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    why = re.split("['\"]", getattr(error, "problem", None) or "")[0].strip()
+    return f"{where}: {why}" if why else where
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,22 @@ def test_what_others_put_into_the_environment_is_left_alone() -> None:
 def test_wrong_values_name_the_setting(flags: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load(flags, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('admin_token: "hush', "line 1, column 19: found unexpected end of stream"),
+        ("a: 1\nadmin_token: *hush", "line 2, column 14: found undefined alias"),
+        ("admin_token: !hush a", "line 1, column 14: could not determine a constructor for the tag"),
+        ("admin_token: hush: x", "line 1, column 18: mapping values are not allowed here"),
+    ],
+)
+def test_what_is_no_yaml_is_explained_without_what_it_says(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(why)) as raised:
+        load({}, {}, str(tmp_path / "settings.yaml"))
+    assert "hush" not in "".join(traceback.format_exception(raised.value)).partition("ConfigError")[2]
 
 
 def test_unreadable_files_are_explained(tmp_path: Path) -> None:
