@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +137,7 @@ def _change_one(file: Path, name: str, change: Callable[[KeySpec], KeySpec]) -> 
 
 
 def _change(file: Path, change: Callable[[list[KeySpec]], list[KeySpec]]) -> None:
+    file = file.resolve()  # a link stays one
     with _explained(), _locked(file):
         present = read_keys(file) if file.exists() else []
         _write(file, check_keys(change(present), str(file)))
@@ -179,6 +180,8 @@ def _write(file: Path, specs: list[KeySpec]) -> None:
             os.fsync(output.fileno())
         if file.exists():
             status = file.stat()
+            with suppress(PermissionError):  # only the superuser can, and whoever owns it need not
+                os.chown(temporary, status.st_uid, status.st_gid)
             os.chmod(temporary, status.st_mode & 0o770)  # noqa: PTH101 - a path as text
         Path(temporary).replace(file)
     except BaseException:
@@ -189,6 +192,8 @@ def _write(file: Path, specs: list[KeySpec]) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Two commands at once must not lose each other's change."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"there is no directory {file.parent} to keep the keys in")
     lock = file.with_name(f".{file.name}.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

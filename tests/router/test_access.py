@@ -596,3 +596,21 @@ def test_keys_are_made_shown_and_removed_by_command(tmp_path: Path) -> None:
     assert "there is a key 'a' already" in keys("add", "a", code=2)
     assert "there is no key 'z'; there are: a, b" in keys("remove", "z", code=2)
     assert not list(tmp_path.glob(".keys.yaml.*[!k]")), "no temporary file is left"
+
+
+def test_changing_keys_leaves_links_and_owners_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.chown", lambda _, user, group: given.append((user, group)))
+    path = keys_file(tmp_path, spec())
+    (link := tmp_path / "link.yaml").symlink_to(path)
+    result = CliRunner().invoke(command, ["keys", "add", "b", "--file", str(link)])
+    assert result.exit_code == 0, result.output
+    assert link.is_symlink()
+    assert [key.name for key in read_keys(path)] == ["a", "b"]
+    assert given == [(path.stat().st_uid, path.stat().st_gid)]
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, ["keys", "add", "b", "--file", str(tmp_path / "absent" / "keys.yaml")])
+    assert result.exit_code == 2
+    assert "there is no directory" in result.stderr
