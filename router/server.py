@@ -221,9 +221,23 @@ class Protocol(HttpToolsProtocol):
         )
 
     def _answer(self, status: bytes, body: bytes) -> None:
+        """Refuse what arrived, and end the connection; what was asked before it is answered first, and then alone."""
+        cycle = self.cycle
+        under_way = cycle is not None and not cycle.response_complete
+        if under_way and (self.pipeline or cycle.response_started or not cycle.more_body):
+            cycle.keep_alive = False
+            self.parser = _Deaf()
+            return
         head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(body)) + body)
         self.transport.close()
+
+
+class _Deaf:
+    """The parser of a connection from which no more is taken."""
+
+    def feed_data(self, data: bytes) -> None:
+        pass
 
 
 def _complete(cycle: RequestResponseCycle) -> None:

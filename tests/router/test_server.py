@@ -51,6 +51,37 @@ def test_an_offer_of_another_protocol_without_a_body_is_answered(method: bytes, 
     run(scenario())
 
 
+@pytest.mark.parametrize("behind", [b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000])
+@pytest.mark.parametrize("pause", [0.0, 0.1])
+def test_what_is_refused_spoils_no_answer_before_it(behind: bytes, pause: float) -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        worker.pause = 0.05
+        async with running_gateway(worker) as gateway:
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(request(chat(stream=True)) * 2)
+            await asyncio.sleep(pause)
+            writer.write(behind)
+            answer = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200") == 2, answer
+            assert answer.count(b"data: [DONE]") == 2
+            assert answer.endswith(b"0\r\n\r\n")
+
+    run(scenario())
+
+
+def test_a_body_that_is_malformed_is_refused_at_once() -> None:
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start()) as gateway:
+            head = b"POST %b HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n" % CHAT
+            answer = await converse(gateway.port, head + b"5\r\nhello\r\nzz\r\n")
+            assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 400") == 1, answer
+            assert answer.endswith(b"<closed>")
+
+    run(scenario())
+
+
 def test_http_1_0_gets_no_chunks() -> None:
     async def scenario() -> None:
         async with running_gateway(await SimulatedWorker().start()) as gateway:
