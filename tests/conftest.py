@@ -1,8 +1,11 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.engine import Engine, serve_engine
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +15,10 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory: Path = tmp_path_factory.mktemp("models") / "small"
     subprocess.run([sys.executable, "-m", "router.demo_model", str(directory)], check=True, timeout=180)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def small_engine(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A server of that model with the connector, for whoever takes it as it comes; chunks are of 64 tokens."""
+    with serve_engine(small_model, tmp_path_factory.mktemp("small-engine"), connector={"chunk_size": 64}) as engine:
+        yield engine

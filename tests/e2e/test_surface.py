@@ -286,17 +286,46 @@ def test_dialects_were_trusted_throughout(surface: Surface) -> None:
         assert "requests of small are routed by load" not in log
 
 
+@dataclass
+class Others:
+    """Engines of other kinds, each behind a gateway of its own."""
+
+    embedding: Gateway
+    ranks: Gateway
+
+
 @pytest.fixture(scope="module")
-def embedding(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    workspace: Path = tmp_path_factory.mktemp("embedding")
-    flags = ("--dtype", "float32", "--runner", "pooling", "--convert", "embed")
-    with start_engine(small_model, workspace, connector=None, flags=flags, name="embedder") as engine:
-        wait_ready(engine)
-        with serve_gateway(workspace, ["--worker", f"{engine.url},reports=none,name=e"]) as gateway:
-            yield gateway
+def others(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Others]:
+    """Started side by side: most of a start keeps one core busy."""
+    workspace: Path = tmp_path_factory.mktemp("others")
+    pooling = ("--dtype", "float32", "--runner", "pooling", "--convert", "embed")
+    parallel = ("--dtype", "float32", "--data-parallel-size", "2")
+    with (
+        start_engine(small_model, workspace / "e", connector=None, flags=pooling, name="embedder") as embedder,
+        start_engine(
+            small_model,
+            workspace / "r",
+            connector={"chunk_size": CHUNK},
+            flags=parallel,
+            reports_port=two_free_ports(),
+        ) as both,
+    ):
+        wait_ready(embedder)
+        wait_ready(both)
+        ranks_flags = ["--worker", f"{both.url},reports={both.reports},name=e,dp=2", "--tokenizer", small_model]
+        with (
+            serve_gateway(workspace / "e", ["--worker", f"{embedder.url},reports=none,name=e"]) as embedding,
+            serve_gateway(workspace / "r", ranks_flags) as ranks,
+        ):
+            ranks.wait_for(
+                "/admin/workers", lambda seen: all(w["cache_source"] == "connector" for w in seen["workers"])
+            )
+            yield Others(embedding, ranks)
 
 
-def test_pooling_endpoints(embedding: Gateway) -> None:
+def test_pooling_endpoints(others: Others) -> None:
+    embedding = others.embedding
+
     def answered(path: str, **body: Any) -> dict[str, Any]:
         answer = httpx.post(embedding.url + path, json={"model": "embedder", **body}, timeout=60)
         assert answer.status_code == 200, (path, answer.text)
@@ -326,22 +355,8 @@ def two_free_ports() -> int:
     raise AssertionError("no two ports in a row are free")
 
 
-@pytest.fixture(scope="module")
-def ranks(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    workspace: Path = tmp_path_factory.mktemp("ranks")
-    flags = ("--dtype", "float32", "--data-parallel-size", "2")
-    connector, first = {"chunk_size": CHUNK}, two_free_ports()
-    with start_engine(small_model, workspace, connector=connector, flags=flags, reports_port=first) as engine:
-        wait_ready(engine)
-        worker = f"{engine.url},reports={engine.reports},name=e,dp=2"
-        with serve_gateway(workspace, ["--worker", worker, "--tokenizer", small_model]) as gateway:
-            gateway.wait_for(
-                "/admin/workers", lambda seen: all(w["cache_source"] == "connector" for w in seen["workers"])
-            )
-            yield gateway
-
-
-def test_data_parallel_ranks_are_told_apart(ranks: Gateway) -> None:
+def test_data_parallel_ranks_are_told_apart(others: Others) -> None:
+    ranks = others.ranks
     chats = [[{"role": "user", "content": f"{number} " + LONG}] for number in range(6)]
     first = [post(ranks, "/v1/chat/completions", {"messages": chat, "max_tokens": 2}) for chat in chats]
     assert {answer.headers["x-warmroute-worker"] for answer in first} == {"e#0", "e#1"}

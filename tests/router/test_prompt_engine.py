@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from router.parity import check_parity, probes
 from router.prompt import PromptBuilder, splice_token_ids, tokenize_request
 from router.splice import without_messages
 from tests.router.prompt_samples import random_chat, random_text
-from tests.support.engine import Engine, serve_engine
+from tests.support.engine import Engine
 
 pytestmark = pytest.mark.engine
 
@@ -24,9 +23,8 @@ CHATS = 300
 
 
 @pytest.fixture(scope="module")
-def engine(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with serve_engine(small_model, tmp_path_factory.mktemp("prompt-engine")) as running:
-        yield running
+def engine(small_engine: Engine) -> Engine:
+    return small_engine
 
 
 @pytest.fixture(scope="module")

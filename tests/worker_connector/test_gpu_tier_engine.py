@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import serve_engine
+from tests.support.engine import Engine
 
 pytestmark = pytest.mark.engine
 
@@ -86,21 +86,27 @@ def test_a_program_reads_the_figures_of_its_engine_process(small_model: str, tmp
     assert figures["tiers"]["cpu"]["load_bytes"] > 0
 
 
-def test_metrics_of_a_server(small_model: str, tmp_path: Path) -> None:
-    with serve_engine(small_model, tmp_path, connector={"chunk_size": 64}) as engine:
-        body = {"model": "small", "prompt": list(range(100, 740)), "max_tokens": 2}
-        for _ in range(2):
-            assert engine.post("/v1/completions", body).status_code == 200
-        engine.reset_gpu_cache()
-        assert engine.post("/v1/completions", body).status_code == 200
-        text = _metrics(engine.url)
-    assert text['warmroute_requests_total{engine="0",model_name="small"}'] == 3
-    assert text['warmroute_prompt_tokens_total{engine="0",model_name="small"}'] == 1920
-    assert text['warmroute_hit_tokens_total{engine="0",model_name="small",tier="gpu"}'] >= 576
-    assert text['warmroute_hit_tokens_total{engine="0",model_name="small",tier="cpu"}'] >= 576
-    assert text['warmroute_load_bytes_total{engine="0",model_name="small",tier="cpu"}'] > 0
-    assert text['warmroute_held_chunks{engine="0",model_name="small",tier="cpu"}'] >= 9
-    assert text['warmroute_capacity_chunks{engine="0",model_name="small",tier="cpu"}'] > 9
+def test_metrics_of_a_server(small_engine: Engine) -> None:
+    body = {"model": "small", "prompt": list(range(100, 740)), "max_tokens": 2}
+    before = _metrics(small_engine.url)
+    for _ in range(2):
+        assert small_engine.post("/v1/completions", body).status_code == 200
+    small_engine.reset_gpu_cache()
+    assert small_engine.post("/v1/completions", body).status_code == 200
+    now = _metrics(small_engine.url)
+
+    def more(name: str, labels: str = 'engine="0",model_name="small",tier="cpu"') -> float:
+        key = f"warmroute_{name}{{{labels}}}"
+        return now[key] - before.get(key, 0)
+
+    server = 'engine="0",model_name="small"'
+    assert more("requests_total", server) == 3
+    assert more("prompt_tokens_total", server) == 1920
+    assert more("hit_tokens_total", server + ',tier="gpu"') >= 576
+    assert more("hit_tokens_total") >= 576
+    assert more("load_bytes_total") > 0
+    assert more("held_chunks") >= 9
+    assert now[f'warmroute_capacity_chunks{{{server},tier="cpu"}}'] > 9
 
 
 def _metrics(url: str) -> dict[str, float]:
