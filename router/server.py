@@ -27,6 +27,9 @@ from router.tls import server_context
 from router.upgrade import parse_past_head
 
 TICK_S = 0.1
+LINGER_S = 2.0
+"""How long what a client still sends is swallowed after the last answer on its connection."""
+
 _PROTOCOL_SETTINGS = ("max_header_bytes", "client_timeout", "body_timeout", "drain_idle")
 
 _log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class Protocol(HttpToolsProtocol):
         self.on_lost: Callable[[], None] | None = None
         self._head_bytes = 0
         self._in_head = True
+        self._ending = False
         self._received = self._unsent = b""
         self._promised: int | None = None
         self._stalled: asyncio.TimerHandle | None = None
@@ -64,6 +68,17 @@ class Protocol(HttpToolsProtocol):
         if not cycle.disconnected and data:
             self._write(cycle, data, b"")
 
+    def push(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+        """Send body bytes at once; whether the client still keeps up. If not, ``drained`` waits until it does."""
+        if not cycle.disconnected and data:
+            self._write(cycle, data, b"")
+        return not self.flow.write_paused
+
+    async def drained(self, cycle: RequestResponseCycle) -> None:
+        """Wait until the client has read what was sent, or is gone."""
+        if self.flow.write_paused and not cycle.disconnected:
+            await self.flow.drain()
+
     async def finish(self, cycle: RequestResponseCycle, data: bytes) -> None:
         """Send the last body bytes. A body shorter than was promised ends the connection."""
         if self.flow.write_paused and not cycle.disconnected:
@@ -74,7 +89,17 @@ class Protocol(HttpToolsProtocol):
         if self._promised:
             self.abort(cycle)
         else:
-            _complete(cycle)
+            self._complete(cycle)
+
+    def _complete(self, cycle: RequestResponseCycle) -> None:
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            if cycle.more_body:
+                self._end()
+            else:
+                self.transport.close()
+        cycle.on_response()
 
     def _head(self, cycle: RequestResponseCycle, status: int, headers: Headers) -> bytes:
         """The response's head; what the cycle keeps of a response is set as if it had sent it."""
@@ -118,7 +143,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._received = data
         super().data_received(data)
-        if self.transport.is_closing():
+        if self._ending or self.transport.is_closing():
             return
         if self._in_head:
             self._head_bytes += len(data)
@@ -230,7 +255,21 @@ class Protocol(HttpToolsProtocol):
             return
         head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(body)) + body)
-        self.transport.close()
+        self._end()
+
+    def _end(self) -> None:
+        """Send no more, and swallow what comes: a connection closed upon unread bytes is reset, which loses the answer."""
+        self._ending = True
+        self.parser = _Deaf()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        if self._overdue is not None:
+            self._overdue.cancel()
+        self._overdue = self.loop.call_later(LINGER_S, self.transport.close)
 
 
 class _Deaf:
@@ -238,14 +277,6 @@ class _Deaf:
 
     def feed_data(self, data: bytes) -> None:
         pass
-
-
-def _complete(cycle: RequestResponseCycle) -> None:
-    cycle.response_complete = True
-    cycle.message_event.set()
-    if not cycle.keep_alive:
-        cycle.transport.close()
-    cycle.on_response()
 
 
 class Server(uvicorn.Server):

@@ -180,3 +180,46 @@ def test_a_redirection_leads_back_to_the_gateway(location: str, seen: str) -> No
             assert (answer.status_code, answer.headers["location"]) == (307, seen.format(own=own))
 
     run(scenario())
+
+
+LONG_HEAD = b"GET /health HTTP/1.1\r\nhost: h\r\nx: " + b"y" * 300_000 + b"\r\n\r\n"
+LONG_BODY = request(b"{" * 300_000, headers=b"connection: close\r\n")
+
+
+@pytest.mark.parametrize(("sent", "status"), [(LONG_HEAD, 431), (LONG_BODY, 413)])
+def test_a_client_that_sends_on_still_gets_its_answer(sent: bytes, status: int) -> None:
+    """A connection that is closed while bytes come in is reset, and the answer may be lost with it."""
+
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start(), max_body_bytes=100_000) as gateway:
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            for at in range(0, len(sent), 30_000):
+                writer.write(sent[at : at + 30_000])
+                await asyncio.sleep(0.002)
+            async with asyncio.timeout(5):
+                answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+            assert answer.count(b"HTTP/1.1") == 1
+            writer.close()
+
+    run(scenario())
+
+
+def test_a_client_that_never_stops_sending_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.server.LINGER_S", 0.2)
+
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start()) as gateway:
+            _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            async with asyncio.timeout(5):
+                with pytest.raises(ConnectionError):
+                    await send_for_ever(writer)
+
+    run(scenario())
+
+
+async def send_for_ever(writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(b"y" * 10_000)
+        await writer.drain()
+        await asyncio.sleep(0.005)
