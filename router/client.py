@@ -103,6 +103,22 @@ class Client:
         else:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
+    @property
+    def takes_pushes(self) -> bool:
+        """Whether ``push`` may be used for body bytes, in place of ``write``."""
+        return self._direct is not None and type(self).write is Client.write
+
+    def push(self, data: bytes) -> bool:
+        """Send body bytes without waiting; whether the client keeps up. If not, ``drained`` waits until it does."""
+        assert self._direct is not None
+        keeps_up: bool = self._direct.push(self._cycle, data)
+        return keeps_up
+
+    async def drained(self) -> None:
+        """Wait while the client does not read."""
+        assert self._direct is not None
+        await self._direct.drained(self._cycle)
+
     async def finish(self, data: bytes = b"") -> None:
         if self._direct is not None:
             await self._direct.finish(self._cycle, data)

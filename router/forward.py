@@ -113,17 +113,15 @@ async def _stream(
     data = await connection.read()
     first_byte(delivery.status)
     await client.start(connection.status, headers)
-    held = b""
+    events = _Events(delivery)
     try:
-        while data:
-            if held:
-                data = held + data
-            data, held = _whole_events(data)
-            delivery.scan(data)
-            if data:
-                await client.write(data)
-            delivery.parts += 1
-            data = await connection.read()
+        if data and client.takes_pushes:
+            await _pump(client, connection, events, data)
+        else:
+            while data:
+                if whole := events.whole(data):
+                    await client.write(whole)
+                data = await connection.read()
     except asyncio.CancelledError:
         if not client.gone:
             await client.finish(client.error_event(_incomplete("the gateway is stopping")))
@@ -135,7 +133,36 @@ async def _stream(
         else:
             await client.finish(client.error_event(_incomplete(error)))
         return
-    await client.finish(held)
+    await client.finish(events.held)
+
+
+async def _pump(client: Client, connection: Connection, events: "_Events", data: bytes) -> None:
+    """Pass a stream on without waking a task for each piece; while the client does not read, nothing is taken."""
+
+    def sink(data: bytes) -> bool:
+        return client.push(events.whole(data))
+
+    if not sink(data):
+        await client.drained()
+    while not await connection.pump(sink):
+        await client.drained()
+
+
+class _Events:
+    """Cuts a stream into whole events; ``held`` is the beginning of the one that is not whole yet."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.held = b""
+        self._delivery = delivery
+
+    def whole(self, data: bytes) -> bytes:
+        """The events that are whole now, which may be none."""
+        if self.held:
+            data = self.held + data
+        data, self.held = _whole_events(data)
+        self._delivery.scan(data)
+        self._delivery.parts += 1
+        return data
 
 
 def _whole_events(data: bytes) -> tuple[bytes, bytes]:

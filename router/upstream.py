@@ -8,7 +8,7 @@ are kept by one timer per worker that looks at its connections, not by one timer
 import asyncio
 import re
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -53,6 +53,8 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
         self._paused = False
+        self._sink: Callable[[bytes], bool] | None = None
+        self._full = False
         self.used = False
         self.idle_since = 0.0
         self._reset()
@@ -134,6 +136,26 @@ class Connection(asyncio.Protocol):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
             await self._more()
 
+    async def pump(self, sink: Callable[[bytes], bool]) -> bool:
+        """Hand body bytes to ``sink`` as they arrive, without waking a task for each; whether the end was reached. The
+        other way to return is that ``sink`` said False: it takes no more for now.
+
+        Raises:
+            UpstreamError: the worker failed before the response was complete.
+        """
+        while True:
+            if self._chunks and not sink(self._take()):
+                return False
+            if self._done and not self._chunks:
+                return True
+            self._sink, self._full = sink, False
+            try:
+                await self._more()
+            finally:
+                self._sink = None
+            if self._full:
+                return False
+
     def abort(self, error: UpstreamError | None = None) -> None:
         """Close at once; whoever waits gets ``error``. Buffered bytes are dropped."""
         self._fail(error or UpstreamClosed(self._worker, "was hung up on"))
@@ -191,13 +213,20 @@ class Connection(asyncio.Protocol):
                 return
             self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))
             return
-        if self._chunks or self._done or self._head_done:
+        if self._sink is not None and not self._done:
+            self._feed(self._sink)
+        elif self._chunks or self._done or self._head_done:
             self._wake()
         if self._size > HIGH_WATER and not self._paused and not self._done:
             self._paused = True
             self._transport.pause_reading()
         elif not self._head_done and self._head_size > MAX_HEAD_BYTES:
             self.abort(UpstreamClosed(self._worker, f"sent a response head above {MAX_HEAD_BYTES} bytes"))
+
+    def _feed(self, sink: Callable[[bytes], bool]) -> None:
+        if self._chunks and not sink(self._take()):
+            self._sink, self._full = None, True
+            self._wake()
 
     def _overrun(self) -> None:
         """More came than was asked for: the response stands, but nothing may be taken for the next one."""
