@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,12 @@ def post(gateway: Gateway, path: str, body: dict[str, Any]) -> httpx.Response:
     return answer
 
 
+def at_once(gateway: Gateway, path: str, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+    """Their load spreads them over the workers, where one after another chance would."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(lambda body: post(gateway, path, body), bodies))
+
+
 def decided(gateway: Gateway, answer: httpx.Response) -> dict[str, Any]:
     """What is on record of a request, once its outcome is."""
     identifier = answer.headers["x-request-id"]
@@ -228,7 +235,8 @@ def test_generate_by_ids(surface: Surface) -> None:
 
 
 def test_stored_responses_are_found_by_any_gateway(surface: Surface) -> None:
-    made = [post(surface.plain, "/v1/responses", {"input": f"{n} " + LONG, "max_output_tokens": 2}) for n in range(10)]
+    bodies = [{"input": f"{number} " + LONG, "max_output_tokens": 2} for number in range(10)]
+    made = at_once(surface.plain, "/v1/responses", bodies)
     assert {answer.headers["x-warmroute-worker"] for answer in made} == {"a", "b"}
     for answer in made:
         identifier, worker = answer.json()["id"], answer.headers["x-warmroute-worker"]
@@ -358,7 +366,7 @@ def two_free_ports() -> int:
 def test_data_parallel_ranks_are_told_apart(others: Others) -> None:
     ranks = others.ranks
     chats = [[{"role": "user", "content": f"{number} " + LONG}] for number in range(6)]
-    first = [post(ranks, "/v1/chat/completions", {"messages": chat, "max_tokens": 2}) for chat in chats]
+    first = at_once(ranks, "/v1/chat/completions", [{"messages": chat, "max_tokens": 2} for chat in chats])
     assert {answer.headers["x-warmroute-worker"] for answer in first} == {"e#0", "e#1"}
     for worker in ("e#0", "e#1"):
         settled(ranks, worker)
