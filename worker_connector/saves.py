@@ -76,6 +76,7 @@ class Saves:
         return any(save.began > horizon for save in self._saves.values())
 
     def plan(self, step: int, output: Any, due: list[tuple[RequestState, int]]) -> SaveJob | None:
+        """What the step saves for the requests that are ``due``; None where that is nothing."""
         if not due:
             return None
         save = _Save(SaveJob(step, []), began=self._clock())
@@ -197,17 +198,20 @@ class Saves:
             self._ledger.touch(reversed(head))
 
     def reading(self, taken: list[int]) -> list[int]:
+        """The saves under way that still read one of the blocks ``taken``, in order."""
         if not self._readers_of:
             return []
         return sorted({self._readers_of[block] for block in taken if block in self._readers_of})
 
     def distrust(self, output: Any) -> None:
+        """Count as failed what reads blocks that the engine writes to in this step before any save is settled."""
         written = {target for _, target in getattr(output, "kv_cache_block_copies", None) or ()}
         written.update(getattr(output, "new_block_ids_to_zero", None) or ())
         for save in self._saves.values() if written else ():
             save.failed |= not written.isdisjoint(save.blocks)
 
     def acknowledge(self, job: int, ranks: int, *, failed: bool) -> None:
+        """So many more ranks ended a save; with the last of them its chunks become visible, or are given up."""
         save = self._saves.get(job)
         if save is None:
             _log.error("The save of an unknown batch %d ended", job)

@@ -57,7 +57,9 @@ def test_one_who_leaves_while_waiting_holds_up_nobody() -> None:
         for task in waiting[1::2]:
             task.cancel()
         async with asyncio.timeout(2):
-            await asyncio.gather(*waiting, return_exceptions=True)
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
             await turns.take(1)
+        left = [isinstance(end, asyncio.CancelledError) for end in ends]
+        assert left == [bool(number % 2) for number in range(20)]
 
     asyncio.run(scenario())

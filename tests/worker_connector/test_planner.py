@@ -357,6 +357,8 @@ def test_a_request_that_never_ran_can_be_finished() -> None:
     engine.abort("a")
     engine.planner.finished("unknown")
     engine.run()
+    beat = engine.planner.heartbeat()
+    assert (beat.running, beat.waiting, beat.uncached_tokens) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("held", ["hold_loads", "hold_saves"])
@@ -449,9 +451,10 @@ def test_a_save_is_settled_before_a_load_writes_to_its_blocks() -> None:
     engine.add("c", tokens)
     while engine.requests:
         engine.step()
+    assert any(plan.settle for plan in engine.plans), "the case did not arise"
     engine.hold_saves = False
     cold_again(engine)
-    engine.serve("d", other)
+    assert engine.serve("d", other).num_computed_tokens >= len(other), "served without reading a wrong token"
 
 
 def test_shared_blocks_do_not_wait_for_their_save() -> None:
@@ -532,9 +535,11 @@ def test_blocks_that_a_resumed_request_gets_are_settled(*, resumed_as_new: bool)
         if not engine.requests:
             break
         engine.step()
+    assert any(plan.settle for plan in engine.plans), "the case did not arise"
     engine.hold_saves = False
     cold_again(engine)
     engine.serve("c", first.all_token_ids)
+    assert not engine.requests
 
 
 def test_a_chunk_that_drafts_complete_is_not_saved_before_its_tokens_are_known() -> None:

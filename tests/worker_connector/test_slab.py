@@ -50,6 +50,7 @@ def test_closing_twice_is_harmless() -> None:
     slab = Slab(1, 4096)
     slab.close()
     slab.close()
+    assert slab.bytes is None
 
 
 def test_a_slab_larger_than_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,4 +82,7 @@ def test_a_slab_larger_than_the_container_is_refused(
 def test_a_container_without_a_limit_has_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab_module, "_CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
+    unlimited = slab_module._available_memory()
+    (tmp_path / "memory.max").unlink()
+    assert unlimited == pytest.approx(slab_module._available_memory(), rel=0.2)
     Slab(4, 1 << 20).close()
