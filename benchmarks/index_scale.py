@@ -214,7 +214,7 @@ class PlayedWorker:
         return encode(Removed("gpu", pack(gone))) + encode(Stored("gpu", pack(come)))
 
 
-async def play(port_file: Path, workers: int, chunks: int, rate: int) -> None:
+async def play(workers: int, chunks: int, rate: int) -> None:
     played = [PlayedWorker(number, chunks) for number in range(workers)]
     waiting = iter(range(workers))
     writers: dict[int, asyncio.StreamWriter] = {}
@@ -231,7 +231,7 @@ async def play(port_file: Path, workers: int, chunks: int, rate: int) -> None:
         writers[number] = writer
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=2048)
-    port_file.write_text(str(server.sockets[0].getsockname()[1]))  # noqa: ASYNC240 - nothing runs yet
+    print(server.sockets[0].getsockname()[1], flush=True)
     while len(writers) < workers:
         for writer in writers.values():
             writer.write(beat())
@@ -363,18 +363,15 @@ class Counted:
 
 
 def run_ingest(arguments: argparse.Namespace) -> dict[str, Any]:
-    port_file = Path(f"/tmp/index-scale-{os.getpid()}")
-    command = [sys.executable, __file__, "play", f"--port-file={port_file}"]
+    command = [sys.executable, __file__, "play"]
     command += [f"--{name}={getattr(arguments, name)}" for name in ("workers", "chunks", "rate")]
-    with subprocess.Popen(command) as player:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as player:
         try:
-            while not port_file.exists() or not port_file.read_text():
-                time.sleep(0.1)
-            port = int(port_file.read_text())
+            assert player.stdout is not None
+            port = int(player.stdout.readline())
             return asyncio.run(measure_ingest(port, arguments.workers, arguments.seconds))
         finally:
             player.kill()
-            port_file.unlink(missing_ok=True)
 
 
 def run_memory(arguments: argparse.Namespace, sharing: str) -> Any:
@@ -392,14 +389,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sharing", choices=SHARING, help=argparse.SUPPRESS)
-    parser.add_argument("--port-file", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
     if arguments.parts == ["play"]:
-        asyncio.run(play(arguments.port_file, arguments.workers, arguments.chunks, arguments.rate))
+        asyncio.run(play(arguments.workers, arguments.chunks, arguments.rate))
         return
     if arguments.sharing:
         print(json.dumps(measure_memory(arguments.sharing, arguments.workers, arguments.chunks)))
