@@ -14,6 +14,7 @@ blocks only subdivide a page. Layers that share a page appear once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from worker_connector.errors import UnsupportedCache
@@ -82,14 +83,32 @@ def _layer_spec(group: Any, layer: str) -> Any:
     return getattr(spec, "kv_cache_specs", {}).get(layer, spec)
 
 
+@dataclass(frozen=True, slots=True)
+class RegionSet:
+    """Regions of a group that lie alike, so that one description with a list of addresses stands for all of them.
+    ``start`` is where their pages begin in a slot: ``[region][block][page]``, without gaps."""
+
+    offsets: tuple[int, ...]
+    block_stride: int
+    page_bytes: int
+    start: int
+
+    def blocks_within(self, size: int) -> int:
+        """How many blocks all of them have in a cache of ``size`` bytes."""
+        room = size - max(self.offsets) - self.page_bytes
+        return room // self.block_stride + 1 if room >= 0 else 0
+
+
 class SlotLayout:
     """Where each group's blocks lie inside a slot: group by group, region by region, block by block, so that
-    consecutive blocks of a region are consecutive bytes in the slot as they are in the cache."""
+    consecutive blocks of a region are consecutive bytes in the slot as they are in the cache. Regions of one stride
+    and size stand together, in the order in which they were given: a ``RegionSet`` of ``sets``."""
 
     def __init__(self, regions: Sequence[Sequence[Region]], blocks_per_chunk: Sequence[int]) -> None:
-        self.regions = [list(group) for group in regions]
+        self.regions = [_by_kind(group) for group in regions]
         self.blocks_per_chunk = list(blocks_per_chunk)
         self.starts: list[list[int]] = []
+        self.sets: list[list[RegionSet]] = []
         at = 0
         for group, blocks in zip(self.regions, self.blocks_per_chunk, strict=True):
             starts = []
@@ -97,9 +116,29 @@ class SlotLayout:
                 starts.append(at)
                 at += region.nbytes * blocks
             self.starts.append(starts)
+            self.sets.append(list(_sets(group, starts)))
         self.payload_bytes = at
         self.slot_bytes = -(-at // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
     def block_bytes(self, group: int) -> int:
         """Bytes one block of a group takes on this rank."""
         return sum(region.nbytes for region in self.regions[group])
+
+    def pages(self, group: int) -> int:
+        """Pages of a group's part of a slot: its regions times its blocks."""
+        return len(self.regions[group]) * self.blocks_per_chunk[group]
+
+
+def _by_kind(regions: Sequence[Region]) -> list[Region]:
+    kinds: dict[tuple[int, int], list[Region]] = {}
+    for region in regions:
+        kinds.setdefault((region.block_stride, region.nbytes), []).append(region)
+    return [region for alike in kinds.values() for region in alike]
+
+
+def _sets(regions: Sequence[Region], starts: Sequence[int]) -> Iterator[RegionSet]:
+    for (stride, nbytes), alike in groupby(
+        zip(regions, starts, strict=True), key=lambda pair: (pair[0].block_stride, pair[0].nbytes)
+    ):
+        members = list(alike)
+        yield RegionSet(tuple(region.offset for region, _ in members), stride, nbytes, members[0][1])

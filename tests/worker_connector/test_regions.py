@@ -32,7 +32,7 @@ from worker_connector.errors import ConfigurationError, UnsupportedCache
 from worker_connector.geometry import Group, describe_groups
 from worker_connector.movers import Copier
 from worker_connector.plan import Span
-from worker_connector.regions import SlotLayout, group_regions
+from worker_connector.regions import Region, RegionSet, SlotLayout, group_regions
 
 CHUNK = 64
 SERIAL = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
@@ -235,3 +235,24 @@ def test_a_chunk_size_that_blocks_do_not_divide_is_an_error_that_names_good_ones
 def test_what_cannot_be_stored_exactly_is_not_supported(groups: Any, parallel: Any, reason: str) -> None:
     with pytest.raises(UnsupportedCache, match=reason):
         describe_groups(config_of(*groups), parallel, 256)
+
+
+def test_regions_of_one_kind_stand_together_in_a_slot_without_gaps() -> None:
+    wide, narrow = (
+        [Region(at * 4096, 512, 512) for at in range(3)],
+        [Region(at * 4096 + 2048, 256, 128) for at in (0, 1)],
+    )
+    mixed = [wide[0], narrow[0], wide[1], narrow[1], wide[2]]
+    slots = SlotLayout([mixed, wide[:1]], [4, 2])
+    assert slots.regions == [[*wide, *narrow], wide[:1]]
+    assert slots.sets == [
+        [RegionSet((0, 4096, 8192), 512, 512, 0), RegionSet((2048, 6144), 256, 128, 3 * 4 * 512)],
+        [RegionSet((0,), 512, 512, 3 * 4 * 512 + 2 * 4 * 128)],
+    ]
+    assert slots.payload_bytes == 3 * 4 * 512 + 2 * 4 * 128 + 2 * 512
+    assert [slots.pages(group) for group in (0, 1)] == [20, 2]
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(2047, 0), (2048, 1), (2047 + 512, 1), (2048 + 3 * 512, 4), (0, 0)])
+def test_a_set_of_regions_has_the_blocks_that_lie_wholly_in_the_cache(size: int, blocks: int) -> None:
+    assert RegionSet((0, 1536), 512, 512, 0).blocks_within(size) == blocks
