@@ -4,7 +4,8 @@ ConnectorError
 ├── ConfigurationError   a setting is unknown, impossible, or contradicts another; the text names key, value and cure
 ├── UnsupportedCache     the engine's KV cache cannot be stored exactly; the connector turns itself off
 ├── ReportUnavailable    the report port cannot be opened
-└── StatsUnavailable     no engine's figures could be read
+├── StatsUnavailable     no engine's figures could be read
+└── StoreUnavailable     a store of a lower tier does not serve for now; cause is one word, fit for a metric's label
 """
 
 
@@ -26,3 +27,12 @@ class ReportUnavailable(ConnectorError):
 
 class StatsUnavailable(ConnectorError):
     pass
+
+
+class StoreUnavailable(ConnectorError):
+    """``store`` is the store's name and ``cause`` one word of a small set (timeout, unreachable, auth, ...)."""
+
+    def __init__(self, store: str, cause: str, text: str) -> None:
+        super().__init__(f"{store}: {text}")
+        self.store = store
+        self.cause = cause

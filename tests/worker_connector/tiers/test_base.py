@@ -1,0 +1,102 @@
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker_connector.tiers.base import LoanEnded, Outcome, Sink, Source, Status
+
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=5)
+
+
+@given(parts=sizes, steps=st.lists(st.integers(0, 50), max_size=12))
+def test_a_sink_is_filled_in_order_across_its_parts(parts: list[int], steps: list[int]) -> None:
+    room = [bytearray(size) for size in parts]
+    sink = Sink(*room)
+    wrote = bytearray()
+    for step in steps:
+        piece = bytes((len(wrote) + i) % 251 for i in range(step))
+        if len(wrote) + step > sink.size:
+            with pytest.raises(ValueError, match="larger than the room"):
+                sink.write(piece)
+            break
+        sink.write(piece)
+        wrote += piece
+        assert sink.filled == len(wrote)
+    assert b"".join(room).startswith(bytes(wrote))
+
+
+@given(parts=sizes, most=st.integers(1, 60))
+def test_a_source_gives_its_parts_in_order(parts: list[int], most: int) -> None:
+    views = [bytes([at]) * size for at, size in enumerate(parts)]
+    source = Source(*views)
+    seen: list[bytes] = []
+    source.each(lambda view: seen.append(bytes(view)), most)
+    assert b"".join(seen) == b"".join(views) == source.join()
+    assert all(len(piece) <= most for piece in seen)
+
+
+def test_nothing_is_written_after_the_end_of_a_loan() -> None:
+    room = bytearray(8)
+    outer = Sink(room)
+    inner = outer.lend()
+    inner.write(b"abcd")
+    inner.end()
+    with pytest.raises(LoanEnded):
+        inner.write(b"x")
+    with pytest.raises(LoanEnded):
+        inner.finish()
+    assert not inner.lent
+    assert outer.lent
+    again = outer.lend()
+    again.write(b"wxyz")
+    outer.end()
+    assert not again.lent
+    with pytest.raises(LoanEnded):
+        again.write(b"late")
+    assert bytes(room) == b"wxyz\0\0\0\0"
+
+
+def test_the_end_of_a_loan_waits_for_whoever_is_writing() -> None:
+    sink = Sink(bytearray(4)).lend()
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(view: memoryview) -> int:
+        inside.set()
+        assert go.wait(5)
+        view[:1] = b"x"
+        return 1
+
+    writer = threading.Thread(target=sink.fill, args=(4, slow))
+    writer.start()
+    assert inside.wait(5)
+    ender = threading.Thread(target=sink.end)
+    ender.start()
+    time.sleep(0.05)
+    assert ender.is_alive()
+    go.set()
+    writer.join(5)
+    ender.join(5)
+    assert not ender.is_alive()
+    assert sink.filled == 1
+
+
+def test_a_source_that_is_taken_back_is_not_read() -> None:
+    source = Source(b"ab", b"cd").lend()
+    seen: list[bytes] = []
+
+    def send(view: memoryview) -> None:
+        seen.append(bytes(view))
+
+    source.each(send, 1)
+    source.end()
+    with pytest.raises(LoanEnded):
+        source.each(send)
+    with pytest.raises(LoanEnded):
+        source.join()
+    assert seen == [b"a", b"b", b"c", b"d"]
+
+
+def test_outcomes_say_whether_the_object_is_where_it_was_asked_to_be() -> None:
+    assert [each.value for each in Status if Outcome(each).ok] == ["found", "stored", "deleted"]
