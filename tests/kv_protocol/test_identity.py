@@ -17,6 +17,7 @@ BASE = Identity("revision", "bfloat16", "LBNHC", (GROUP,))
         {"layout": "BLHNC"},
         {"tensor_parallel": 2},
         {"pipeline_parallel": 2},
+        {"compute": "float16"},
         {"groups": ()},
         {"groups": (GROUP, GROUP)},
         *(
@@ -26,6 +27,11 @@ BASE = Identity("revision", "bfloat16", "LBNHC", (GROUP,))
                 ("block_size", 32),
                 ("block_bytes", 4096),
                 ("layers", 5),
+                ("heads", 8),
+                ("head_size", 64),
+                ("dtype", "float16"),
+                ("reach", 4096),
+                ("members", "0-3"),
             ]
         ),
     ],
@@ -42,5 +48,13 @@ def test_equal_identities_have_one_digest_on_both_ends_of_a_wire() -> None:
     assert len(BASE.digest()) == 16
 
 
+def test_adapters_are_told_apart_by_content() -> None:
+    digests = [BASE.digest(), BASE.digest(b"a" * 32), BASE.digest(b"b" * 32)]
+    digests += [msgspec.structs.replace(BASE, weights="other").digest(b"a" * 32)]
+    assert len(set(digests)) == 4
+    assert all(len(digest) == 16 for digest in digests)
+
+
 def test_the_digest_is_the_same_everywhere() -> None:
-    assert BASE.digest().hex() == "c60257b4132b913e5da3cb90663f849b"
+    assert BASE.digest().hex() == "3d1e6fb98645f50dc9dc68547d47b117"
+    assert BASE.digest(b"adapter").hex() == "15840c616d37bfac30d7eae4f51d2812"
