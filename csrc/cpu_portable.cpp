@@ -1,0 +1,3 @@
+#define WR_KERNELS PORTABLE_KERNELS
+#define WR_KERNELS_TEXT "portable"
+#include "cpu_isa.hpp"
