@@ -18,8 +18,10 @@ from worker_connector.config_names import ABSENT, ALIASES, DEFAULT_CPU_RATIO, SE
 from worker_connector.config_values import (
     boolean,
     choice,
+    copy_threads,
     fraction,
     non_negative,
+    numa_node,
     optional_text,
     port,
     positive,
@@ -42,7 +44,7 @@ class ConnectorConfig:
     """Every setting, checked. Sizes are bytes, durations are seconds.
 
     Exactly one of ``cpu_bytes`` and ``cpu_ratio`` is set: the CPU tier's size per engine, over all its ranks, in bytes
-    or as a share of the bytes of its GPU KV cache.
+    or as a share of the bytes of its GPU KV cache. ``numa_node`` is None where the node is to be found out, -1 for any.
     """
 
     chunk_size: int = 256
@@ -50,6 +52,10 @@ class ConnectorConfig:
     enable_cpu: bool = True
     cpu_bytes: int | None = 4 << 30
     cpu_ratio: float | None = None
+    huge_pages: bool = False
+    numa_node: int | None = None
+    copy_threads: int = 1
+    verify: bool = False
     eviction_policy: str = "lru"
     min_load_tokens: int = 0
     load_or_compute: bool = True
@@ -96,6 +102,10 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "enable_cpu": boolean,
     "cpu_bytes": size,
     "cpu_ratio": fraction,
+    "huge_pages": boolean,
+    "numa_node": numa_node,
+    "copy_threads": copy_threads,
+    "verify": boolean,
     "eviction_policy": choice(*POLICIES),
     "min_load_tokens": non_negative,
     "load_or_compute": boolean,

@@ -37,6 +37,10 @@ SECTIONS: dict[str, dict[str, str]] = {
         "enabled": "enable_cpu",
         "bytes": "cpu_bytes",
         "ratio": "cpu_ratio",
+        "huge_pages": "huge_pages",
+        "numa_node": "numa_node",
+        "copy_threads": "copy_threads",
+        "verify": "verify",
         "eviction_policy": "eviction_policy",
     },
     "local_cpu": {

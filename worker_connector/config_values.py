@@ -27,6 +27,21 @@ def non_negative(value: Any) -> int:
     return _integer(value, 0, 2**31 - 1)
 
 
+def copy_threads(value: Any) -> int:
+    """How many threads share one copy."""
+    return _integer(value, 1, 8)
+
+
+def numa_node(value: Any) -> int | None:
+    """The number of a NUMA node; -1 for ``any``, None for ``auto``."""
+    word = str(value).strip().lower()
+    if word in ("auto", "any"):
+        return None if word == "auto" else -1
+    if not word.isdecimal() or len(word) > 4:
+        raise ValueError("it must be auto, any or the number of a node")
+    return int(word)
+
+
 def port(value: Any) -> int:
     """A TCP port; 0 lets the system choose."""
     return _integer(value, 0, 65_535)
