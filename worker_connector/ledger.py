@@ -160,6 +160,12 @@ class Ledger:
             for chunk in chunks:
                 self._policy.touch(chunk)
 
+    def refresh(self, chunks: Iterable[bytes]) -> None:
+        """Put each chunk, in this order, behind what came in meanwhile, without counting a use."""
+        with self.lock:
+            for chunk in chunks:
+                self._policy.refresh(chunk)
+
     def keep(self, chunks: Iterable[bytes], *, keep: bool = True) -> int:
         """Protect ready chunks from eviction, or with ``keep=False`` no longer; the number that changed."""
         with self.lock:

@@ -195,7 +195,7 @@ class Saves:
             else:
                 self._ledger.commit(slot)
         for head in save.heads:
-            self._ledger.touch(reversed(head))
+            self._ledger.refresh(reversed(head))
 
     def reading(self, taken: list[int]) -> list[int]:
         """The saves under way that still read one of the blocks ``taken``, in order."""

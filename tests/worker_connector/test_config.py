@@ -182,7 +182,7 @@ def test_budget(extra: dict[str, Any], budget: int) -> None:
         ({"report_port": 65536}, "it must be a whole number between 0 and 65535"),
         ({"report_host": ""}, "it must be a text that is not empty"),
         ({"report_heartbeat_seconds": 0}, "it must be between 0.05 and 3600 seconds"),
-        ({"eviction_policy": "arc"}, "eviction_policy is 'arc', but available here: lru"),
+        ({"eviction_policy": "mru"}, "eviction_policy is 'mru', but available here: lru, lfu, arc, sieve, s3fifo, fifo"),
         ({"local_device": "cuda"}, "local_device is 'cuda', but available here: cpu"),
         ({"cpu_bytes": "1G", "cpu_ratio": 0.3}, "cpu_bytes and cpu_ratio both size the CPU tier: keep one of them"),
         ({"cpu_bytes": "1G", "max_local_cpu_size": 2}, "cpu_bytes and max_local_cpu_size both set cpu_bytes"),
