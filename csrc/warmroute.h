@@ -32,7 +32,7 @@ extern "C" {
 typedef enum wr_status {
     WR_OK = 0,
     WR_INVALID = -1,       /* an argument is out of its range */
-    WR_OUT_OF_BOUNDS = -2, /* a block, head or token lies outside what was described; nothing was written */
+    WR_OUT_OF_BOUNDS = -2, /* a block or head lies outside what was described; nothing was written */
     WR_UNSUPPORTED = -3,   /* this backend, device or element type cannot do it */
     WR_INCOMPRESSIBLE = -4,/* WR_EXP12: a unit has too many escapes; the output is undefined, use WR_RAW */
     WR_NO_MEMORY = -5,
@@ -64,7 +64,8 @@ typedef struct wr_view {
 
 /* Which part of each block is moved. Heads [first_head, first_head + heads) of the view are heads
  * [packed_first_head, …) of a packed form that has packed_heads of them. Tokens are counted over all blocks of a span:
- * tokens outside [first_token, first_token + token_count) are neither read nor written. */
+ * tokens outside [first_token, first_token + token_count) are neither read nor written. It may reach past the end of a
+ * span, since spans may differ in length: INT32_MAX tokens from 0 are all of every span. */
 typedef struct wr_range {
     int32_t first_head, heads, packed_first_head, packed_heads;
     int32_t first_token, token_count; /* an encoding other than WR_RAW takes whole spans only */
@@ -117,7 +118,7 @@ WR_API int64_t wr_unit_bytes(const wr_view *view, int32_t encoding);
  * cudaStream_t; null for the CPU backend, which returns when the bytes are there, and refused by the CUDA backend, whose
  * work is only enqueued. `checksums`, if not null, receives one value per packed page moved, spans after each other, each
  * [layer][block] (page-locked or device memory for CUDA, valid when the stream has come by): wr_checksum of the packed
- * bytes of the heads in range, as the page number 0. With WR_EXP12, wr_gather of the CUDA backend reports
+ * bytes of the heads in range; whole spans only. With WR_EXP12, wr_gather of the CUDA backend reports
  * WR_INCOMPRESSIBLE through wr_finish. */
 WR_API int32_t wr_gather(wr_context *context, const wr_view *view, const wr_range *range, const int32_t *blocks,
                          const wr_span *spans, int32_t span_count, int32_t encoding, uint64_t *checksums, void *stream);
@@ -151,7 +152,9 @@ WR_API uint32_t wr_crc32c(uint32_t crc, const void *bytes, size_t size);
 
 /* Zeroed host memory for a slab: populated, on NUMA node `node` (-1: wherever its first writer runs), in huge pages where
  * asked for and possible, page-locked where `lock` and the backend is CUDA. `granted` says what was given: bit 0
- * page-locked, bit 1 explicit huge pages, bit 2 transparent huge pages advised, bit 3 bound to the node. */
+ * page-locked, bit 1 explicit huge pages, bit 2 transparent huge pages advised (always where there are no explicit ones
+ * and the kernel has them), bit 3 it is all on the node. Children of fork() do not have it. Freeing takes no context, which
+ * may be null or closed by then; a child of fork() may do so too, to no effect. */
 WR_API int32_t wr_slab_alloc(wr_context *context, size_t size, int32_t node, int32_t huge, int32_t lock, void **memory,
                              uint32_t *granted);
 WR_API int32_t wr_slab_free(wr_context *context, void *memory, size_t size);
