@@ -33,26 +33,45 @@ struct Mapping {
     uint32_t granted;
 };
 
-// What was handed out, so that only that is ever unmapped. The owner may note something about each.
+// What was handed out, so that only that is ever unmapped. Children of fork() do not have their parent's slabs: a child
+// that makes one begins a table of its own, and leaves the other, whose lock is in an unknown state, alone.
 class Mappings {
   public:
     void add(const Mapping &mapping) {
-        std::lock_guard<std::mutex> hold(lock_);
-        held_[mapping.memory] = mapping;
+        Table *table = table_.load();
+        if (table == nullptr || table->owner != getpid()) {
+            Table *mine = new Table;
+            mine->inherited = table != nullptr;
+            if (!table_.compare_exchange_strong(table, mine)) delete mine;
+            table = table_.load();
+        }
+        std::lock_guard<std::mutex> hold(table->lock);
+        table->held[mapping.memory] = mapping;
     }
 
-    bool take(void *memory, Mapping &mapping) {
-        std::lock_guard<std::mutex> hold(lock_);
-        auto found = held_.find((uint8_t *)memory);
-        if (found == held_.end()) return false;
+    // WR_OK, also for a parent's slab, which is not there: then `mapping` is empty.
+    int32_t take(void *memory, Mapping &mapping) {
+        mapping = Mapping{};
+        Table *table = table_.load();
+        if (table == nullptr) return WR_INVALID;
+        if (table->owner != getpid()) return WR_OK;
+        std::lock_guard<std::mutex> hold(table->lock);
+        auto found = table->held.find((uint8_t *)memory);
+        if (found == table->held.end()) return table->inherited ? WR_OK : WR_INVALID;
         mapping = found->second;
-        held_.erase(found);
-        return true;
+        table->held.erase(found);
+        return WR_OK;
     }
 
   private:
-    std::mutex lock_;
-    std::map<uint8_t *, Mapping> held_;
+    struct Table {
+        pid_t owner = getpid();
+        bool inherited = false;
+        std::mutex lock;
+        std::map<uint8_t *, Mapping> held;
+    };
+
+    std::atomic<Table *> table_{nullptr};
 };
 
 // An aligned mapping whose size is a multiple of SLAB_ALIGNMENT, or null.

@@ -36,3 +36,19 @@ class StoreUnavailable(ConnectorError):
         super().__init__(f"{store}: {text}")
         self.store = store
         self.cause = cause
+
+
+class NativeError(ConnectorError):
+    pass
+
+
+class NativeUnavailable(NativeError):
+    pass
+
+
+class NativeRefusal(NativeError, ValueError):
+    pass
+
+
+class Incompressible(NativeError):
+    pass
