@@ -190,7 +190,7 @@ def checksum(data: Bytes | bytes) -> int:
     words = np.frombuffer(raw.ljust(-(-len(raw) // 8) * 8, b"\0"), np.uint64)
     keys = (np.arange(len(words), dtype=np.uint64) + np.uint64(1)) * _STEP
     length = _mixed(np.array([len(raw)], np.uint64), np.zeros(1, np.uint64))
-    return int(_mixed(words, keys).sum(dtype=np.uint64) + length[0])
+    return (int(_mixed(words, keys).sum(dtype=np.uint64)) + int(length[0])) % 2**64
 
 
 def page_checksums(view: View, part: Range, span: Span, packed: Bytes, encoding: int) -> list[int]:
