@@ -9,11 +9,13 @@ namespace wr {
 
 constexpr float FP8_PEAK = 448.0f, INT8_PEAK = 127.0f;
 constexpr uint32_t SCALE_FLOOR = 0x0D800000u; // 2^-100
+constexpr uint32_t SCALE_LIMIT = 0x7C010203u; // the largest that 127 can be multiplied by
 
 // `largest` is the largest finite_magnitude() of what shares the scale.
 WR_HD float scale_of(uint32_t largest, float peak) {
-    const float scale = divide(bits_float(largest), peak);
-    return float_bits(scale) < SCALE_FLOOR ? bits_float(SCALE_FLOOR) : scale;
+    const uint32_t bits = float_bits(divide(bits_float(largest), peak));
+    const uint32_t raised = bits < SCALE_FLOOR ? SCALE_FLOOR : bits;
+    return bits_float(raised > SCALE_LIMIT ? SCALE_LIMIT : raised);
 }
 
 // Whether an encoder may have written it; no code of such a scale overflows the element type.
