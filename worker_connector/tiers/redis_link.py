@@ -23,6 +23,8 @@ from worker_connector.tiers.base import Outcome, Sink, Source
 _READ_BYTES = 16 << 10
 _SKIP_BYTES = 256 << 10
 _SEND_BYTES = 1 << 20
+_NO_CONNECTION = "no connection within the deadline: check host and port, and whether the port speaks TLS"
+_NO_ANSWER = "no answer within the deadline"
 
 
 class Refusal(ResponseError):
@@ -162,7 +164,7 @@ class Wire:
     def _limit(self) -> None:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise RedisTimeoutError("no answer within the deadline")
+            raise RedisTimeoutError(_NO_ANSWER)
         self._sock.settimeout(left)
 
 
@@ -181,7 +183,10 @@ class Link:
         self.wire.deadline = deadline
         self._connection.socket_timeout = left
         self._connection.socket_connect_timeout = left
-        self._connection.connect()
+        try:
+            self._connection.connect()
+        except (RedisTimeoutError, TimeoutError) as error:
+            raise RedisTimeoutError(_NO_CONNECTION) from error
         self.ask(b"PING")
 
     def ask(self, *words: bytes) -> Any:
@@ -309,7 +314,7 @@ def unavailable(name: str, error: Exception) -> StoreUnavailable:
     if isinstance(error, Refusal):
         return StoreUnavailable(name, *explain(error))
     if isinstance(error, (RedisTimeoutError, TimeoutError)):
-        return StoreUnavailable(name, "timeout", "no answer within the deadline")
+        return StoreUnavailable(name, "timeout", _NO_CONNECTION if str(error) == _NO_CONNECTION else _NO_ANSWER)
     if isinstance(error, InvalidResponse):
         return StoreUnavailable(name, "protocol", f"it does not answer as Redis does ({error})")
     if tls := _tls_error(error):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class Proxy:
         self.mode = "pass"
         self.bytes = 0
         self.accepted = 0
+        self.spared_from = 1 << 30  # connections from this number on are passed through
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
@@ -131,7 +132,7 @@ class Proxy:
                 continue
             self._sockets += [client, server]
             threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
-            threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
+            threading.Thread(target=self._answer, args=(server, client, self.accepted), daemon=True).start()
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -139,15 +140,17 @@ class Proxy:
                 server.sendall(data)
         _close(server)
 
-    def _answer(self, server: socket.socket, client: socket.socket) -> None:
+    def _answer(self, server: socket.socket, client: socket.socket, number: int) -> None:
         passed = 0
         with contextlib.suppress(OSError):
-            while data := server.recv(4096 if self.mode == "slow" else 65536):
-                if self.mode in ("reset", "truncate") and passed + len(data) > self.bytes:
+            while data := server.recv(65536):
+                if number >= self.spared_from:
+                    client.sendall(data)
+                elif self.mode in ("reset", "truncate") and passed + len(data) > self.bytes:
                     client.sendall(data[: max(0, self.bytes - passed)])
                     _reset(client) if self.mode == "reset" else _close(client)
                     break
-                if self.mode == "slow":
+                elif self.mode == "slow":
                     for start in range(0, len(data), self.bytes):
                         client.sendall(data[start : start + self.bytes])
                         time.sleep(0.1)
@@ -171,6 +174,7 @@ def _close(sock: socket.socket) -> None:
 def _reset(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.shutdown(socket.SHUT_RD)  # whoever is reading it would keep it open
     sock.close()
 
 
@@ -233,5 +237,3 @@ def payload(size: int, seed: int = 0) -> bytes:
 
 def soon(seconds: float = 5.0) -> float:
     return time.monotonic() + seconds
-
-
