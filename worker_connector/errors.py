@@ -5,7 +5,8 @@ ConnectorError
 ├── UnsupportedCache     the engine's KV cache cannot be stored exactly; the connector turns itself off
 ├── ReportUnavailable    the report port cannot be opened
 ├── StatsUnavailable     no engine's figures could be read
-└── StoreUnavailable     a store of a lower tier does not serve for now; cause is one word, fit for a metric's label
+├── StoreUnavailable     a store of a lower tier does not serve for now; cause is one word, fit for a metric's label
+└── BadObject            a chunk object failed a check and must not be used; check names it
 """
 
 
@@ -52,3 +53,11 @@ class NativeRefusal(NativeError, ValueError):
 
 class Incompressible(NativeError):
     pass
+
+
+class BadObject(ConnectorError):
+    """``check`` names what failed, one word of a small set fit for a metric's label (``chunk_object.Check``)."""
+
+    def __init__(self, check: str, text: str) -> None:
+        super().__init__(f"{check}: {text}")
+        self.check = check
