@@ -22,8 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.platforms import current_platform
 
 from worker_connector.config import ConnectorConfig
+from worker_connector.copier import Copier
 from worker_connector.metrics import WarmroutePromMetrics, WarmrouteStats
-from worker_connector.movers import Copier
 from worker_connector.plan import PLAIN, StepPlan, WorkerReport
 from worker_connector.scheduler_half import SchedulerHalf
 from worker_connector.worker_half import WorkerHalf

@@ -1,137 +1,48 @@
 """The worker half: copies bytes between the KV cache and the slab, and decides nothing.
 
-``Copier`` knows the addresses. ``Transfers`` runs copies on two threads, one for loads and one for saves, so that a
-load never queues behind a save. What the engine's thread may rely on:
+``Transfers`` runs the copies of a ``Copier`` on two threads, one for loads and one for saves, so that a load never
+queues behind a save. What the engine's thread may rely on:
 
 - ``load`` and ``save`` only enqueue. On a GPU the copies run on a stream of their own, after everything that the engine
   had enqueued on its stream until then; the engine's stream never waits for them.
 - ``settle`` returns when the named saves have read their blocks, or have failed because they took too long.
-- ``take`` hands over what ended since the last call. Every load is reported exactly once, finished or failed.
+- ``take`` hands over what ended since the last call. Every load is reported exactly once, finished or failed, and only
+  when nothing of it is under way any more.
+- A slot that a transfer writes is not touched by another, and one that a load reads is not written. The scheduler half
+  sees to that; a job that would break it is not run but reported as failed.
 """
 
 import logging
+import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import memmove
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from worker_connector.copier import Copier, Lane, Receipt
+from worker_connector.errors import ConnectorError
+from worker_connector.placement import roam
 from worker_connector.plan import MAX_SAMPLES, LoadJob, Sample, SaveJob, Span, WorkerReport
-from worker_connector.regions import Region, SlotLayout
 
 _log = logging.getLogger("vllm.warmroute.movers")
 
+START_SECONDS = 60.0
+"""Longest wait for the movers' threads to be ready; calibrating a busy GPU takes some of it."""
+
 _SETTLE_SECONDS = 5.0
-
-
-class Copier:
-    """Copies spans between a KV cache and a slab, both given as flat ``uint8`` tensors.
-
-    ``cache`` is the cache's whole allocation, ``slab`` holds slots of ``layout.slot_bytes``. Both must outlive the
-    copier. Consecutive blocks of a region are one copy.
-    """
-
-    def __init__(self, cache: torch.Tensor, slab: torch.Tensor, layout: SlotLayout) -> None:
-        self._cache = cache
-        self._slab = slab
-        self._layout = layout
-        self._on_host = cache.device.type == "cpu"
-        self._cache_start, self._slab_start = cache.data_ptr(), slab.data_ptr()
-        self._blocks = [_blocks_within(cache.numel(), regions) for regions in layout.regions]
-        self._pages = [_host_pages(cache, slab, layout, group) for group in range(len(layout.regions))]
-
-    def nbytes(self, spans: Iterable[Span]) -> int:
-        """Bytes that copying ``spans`` moves."""
-        return sum(len(span.blocks) * self._layout.block_bytes(span.group) for span in spans)
-
-    def to_cache(self, span: Span) -> None:
-        """Copy a span's bytes from its slot into its blocks. An ``IndexError`` if the cache lacks one of them."""
-        self._check(span)
-        for in_cache, in_slab, count in self._pieces(span):
-            if self._on_host:
-                memmove(self._cache_start + in_cache, self._slab_start + in_slab, count)
-            else:
-                source = self._slab[in_slab : in_slab + count]
-                self._cache[in_cache : in_cache + count].copy_(source, non_blocking=True)
-
-    def to_slab(self, span: Span) -> None:
-        """Copy a span's blocks into its slot. An ``IndexError`` if the cache lacks one of them."""
-        self._check(span)
-        if pages := self._pages[span.group]:
-            blocks, end = np.array(span.blocks), span.at + len(span.blocks)
-            for in_cache, in_slab in pages:
-                np.take(in_cache, blocks, out=in_slab[span.slot, span.at : end], mode="clip")
-            return
-        for in_cache, in_slab, count in self._pieces(span):
-            if self._on_host:
-                memmove(self._slab_start + in_slab, self._cache_start + in_cache, count)
-            else:
-                source = self._cache[in_cache : in_cache + count]
-                self._slab[in_slab : in_slab + count].copy_(source, non_blocking=True)
-
-    def _check(self, span: Span) -> None:
-        # Neither of the ways to copy does: they would read and write what belongs to others.
-        if max(span.blocks, default=0) >= self._blocks[span.group]:
-            raise IndexError(f"block {max(span.blocks)} of a KV cache of {self._blocks[span.group]} blocks")
-
-    def _pieces(self, span: Span) -> Iterator[tuple[int, int, int]]:
-        """Runs of bytes: offset in the cache, offset in the slab, length."""
-        base = span.slot * self._layout.slot_bytes
-        regions, starts = self._layout.regions[span.group], self._layout.starts[span.group]
-        for first, done, count in _runs(span.blocks):
-            for region, start in zip(regions, starts, strict=True):
-                in_cache = region.offset + first * region.block_stride
-                in_slab = base + start + (span.at + done) * region.nbytes
-                if region.block_stride == region.nbytes:
-                    yield in_cache, in_slab, count * region.nbytes
-                    continue
-                for at in range(count):
-                    yield in_cache + at * region.block_stride, in_slab + at * region.nbytes, region.nbytes
-
-
-def _blocks_within(size: int, regions: Iterable[Region]) -> int:
-    """How many blocks all regions have in a cache of so many bytes."""
-    return min(((size - region.offset - region.nbytes) // region.block_stride + 1 for region in regions), default=0)
-
-
-def _host_pages(cache: torch.Tensor, slab: torch.Tensor, layout: SlotLayout, group: int) -> list[tuple[Any, Any]]:
-    """Per region, its blocks in the cache as an array of opaque items, and the slab's as one of slots by blocks: so a
-    span is one call per region, however its blocks are scattered. Empty where the arrays cannot be made: not in host
-    memory, blocks apart, or no slot."""
-    regions = layout.regions[group]
-    if cache.device.type != "cpu" or any(region.block_stride != region.nbytes for region in regions):
-        return []
-    if slab.numel() < layout.slot_bytes:
-        return []
-    held, slots = cache.numpy(), slab.numel() // layout.slot_bytes
-    pages: list[tuple[Any, Any]] = []
-    for region, start in zip(regions, layout.starts[group], strict=True):
-        item, per_chunk = f"V{region.nbytes}", layout.blocks_per_chunk[group]
-        blocks = (held.size - region.offset) // region.nbytes
-        in_cache = np.ndarray(blocks, item, held, region.offset)
-        in_slab = np.ndarray((slots, per_chunk), item, slab.numpy(), start, (layout.slot_bytes, region.nbytes))
-        pages.append((in_cache, in_slab))
-    return pages
-
-
-def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of consecutive block ids: (first block, blocks before it in the span, length)."""
-    start = 0
-    for at in range(1, len(blocks) + 1):
-        if at == len(blocks) or blocks[at] != blocks[at - 1] + 1:
-            yield blocks[start], start, at - start
-            start = at
 
 
 class Stream:
     """Order between the engine's work on the cache and copies of it. This one is for a cache in host memory, where the
     engine's work is done when it returns."""
+
+    handle = 0
+    """The ``cudaStream_t`` to copy on; 0 where there is none."""
 
     def mark(self) -> Any:
         """A point in the engine's work, as of now, on the engine's thread."""
@@ -148,11 +59,13 @@ class Stream:
 
 
 class CudaStream(Stream):
-    """The same for a cache on a GPU: copies run on a stream of their own."""
+    """The same for a cache on a GPU: copies run on a stream of their own, of high priority, so that a copy of small
+    pages does not queue behind the engine's next forward. Waiting for them sleeps: it takes no core from the engine."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device)
+        self._stream: Any = torch.cuda.Stream(device, priority=-1)
+        self.handle = int(self._stream.cuda_stream)
 
     def mark(self) -> Any:
         event = torch.cuda.Event()
@@ -165,7 +78,9 @@ class CudaStream(Stream):
         self._stream.wait_event(after)
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        done = torch.cuda.Event(blocking=True)
+        done.record(self._stream)
+        done.synchronize()
 
 
 def stream_for(device: torch.device) -> Stream:
@@ -173,18 +88,73 @@ def stream_for(device: torch.device) -> Stream:
     return CudaStream(device) if device.type == "cuda" else Stream()
 
 
+class SlotUse:
+    """Which slots transfers read and write at this moment. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self) -> None:
+        self._readers: Counter[int] = Counter()
+        self._writers: set[int] = set()
+
+    def read(self, slots: set[int]) -> set[int]:
+        """Begin to read; returns the slots that are being written, and begins nothing if there are any."""
+        conflicts = slots & self._writers
+        if not conflicts:
+            self._readers.update(slots)
+        return conflicts
+
+    def write(self, slots: set[int]) -> set[int]:
+        """Begin to write; returns the slots that are in use, and begins nothing if there are any."""
+        conflicts = slots & (self._writers | self._readers.keys())
+        if not conflicts:
+            self._writers |= slots
+        return conflicts
+
+    def end_read(self, slots: set[int]) -> None:
+        for slot in slots:
+            assert self._readers[slot] > 0, f"slot {slot} was not being read"
+            self._readers[slot] -= 1
+            if not self._readers[slot]:
+                del self._readers[slot]
+
+    def end_write(self, slots: set[int]) -> None:
+        assert slots <= self._writers, "a slot was not being written"
+        self._writers -= slots
+
+    def __bool__(self) -> bool:
+        return bool(self._readers or self._writers)
+
+
 @dataclass(slots=True)
 class _Load:
     job: LoadJob
     after: Any
     given: float
+    slots: set[int]
+    conflicts: set[int]
+
+
+@dataclass(slots=True)
+class _Save:
+    job: SaveJob
+    after: Any
+    slots: set[int]
+    conflicts: set[int]
+
+
+class _Abandoned(Exception):
+    pass
 
 
 class Transfers:
-    """Runs the plans of one rank."""
+    """Runs the plans of one rank, in the process that made it. ``make_stream`` is called once for each direction.
+
+    Raises:
+        ConnectorError: a mover could not be set up.
+    """
 
     def __init__(self, copier: Copier, make_stream: Callable[[], Stream] = Stream) -> None:
         self._copier = copier
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._report = WorkerReport()
         self._finished: set[str] = set()
@@ -192,21 +162,37 @@ class Transfers:
         self._loading: set[str] = set()
         self._saving: set[int] = set()
         self._given_up: set[int] = set()
-        self._loader = _Mover("warmroute-load", make_stream())
-        self._saver = _Mover("warmroute-save", make_stream())
+        self._slots = SlotUse()
+        self._loader = _Mover("warmroute-load", make_stream(), copier.loads)
+        self._saver = _Mover("warmroute-save", make_stream(), copier.saves)
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            for mover in (self._loader, self._saver):
+                mover.wait_ready(deadline)
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, jobs: Iterable[LoadJob]) -> None:
         """Begin loads. Returns at once."""
+        self._check_process()
         for job in jobs:
-            self._loading.add(job.request_id)
-            load = _Load(job, self._loader.stream.mark(), time.monotonic())
+            slots = set() if job.refused else {span.slot for span in job.spans}
+            with self._changed:
+                self._loading.add(job.request_id)
+                conflicts = self._slots.read(slots)
+            load = _Load(job, self._loader.stream.mark(), time.monotonic(), slots, conflicts)
             self._loader.submit(lambda load=load: self._run_load(load))  # type: ignore[misc]
 
     def save(self, job: SaveJob) -> None:
         """Begin a save of blocks that are full once the engine's work until now is done. Returns at once."""
-        self._saving.add(job.job)
-        mark = self._saver.stream.mark()
-        self._saver.submit(lambda: self._run_save(job, mark))
+        self._check_process()
+        slots = {span.slot for span in job.spans}
+        with self._changed:
+            self._saving.add(job.job)
+            conflicts = self._slots.write(slots)
+        save = _Save(job, self._saver.stream.mark(), slots, conflicts)
+        self._saver.submit(lambda: self._run_save(save))
 
     def settle(self, jobs: Iterable[int]) -> None:
         """Return when these saves have read their blocks. Jobs that ended, or were never begun, do not count. What
@@ -250,7 +236,8 @@ class Transfers:
         return report
 
     def close(self, timeout: float = 4.0) -> bool:
-        """End both threads: copies under way are finished, queued ones dropped. Whether they ended in time."""
+        """End both threads: the copies under way are finished, everything else is dropped. Whether they ended in time;
+        if not, they may still be copying."""
         movers = (self._loader, self._saver)
         for mover in movers:
             mover.stop()
@@ -258,12 +245,23 @@ class Transfers:
         ended = [mover.join(max(0.0, deadline - time.monotonic())) for mover in movers]
         return all(ended)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "these transfers belong to the process that made them, whose threads a fork does not take along"
+            )
+
+    # ---- on the threads -----------------------------------------------------------------------------------------
+
     def _run_load(self, load: _Load) -> None:
-        bad, sample = self._copy_in(load)
+        bad, damaged, sample = self._copy_in(load)
         with self._changed:
             request_id = load.job.request_id
             self._loading.discard(request_id)
             self._finished.add(request_id)
+            if not load.conflicts:
+                self._slots.end_read(load.slots)
+            self._report.damaged |= damaged
             if bad is not None:
                 self._failed.add(request_id)
                 self._report.failed_loads[request_id] = bad
@@ -271,60 +269,107 @@ class Transfers:
                 _keep(self._report.loads, sample)
             self._changed.notify_all()
 
-    def _copy_in(self, load: _Load) -> tuple[set[int] | None, Sample | None]:
-        """The slots that failed (none of them when the load was refused or late), or a measurement."""
+    def _copy_in(self, load: _Load) -> tuple[set[int] | None, set[int], Sample | None]:
+        """The slots that failed, or None (no slot fails when the load was refused or late); those whose bytes are not
+        as they were saved; a measurement."""
         if load.job.refused:
-            return set(), None
+            return set(), set(), None
+        if load.conflicts:
+            _log.error("A load of slots %s that a save still writes is refused: a defect", sorted(load.conflicts))
+            return load.conflicts, set(), None
         began = time.monotonic()
-        with _ordered(self._loader.stream, load.after) as outcome:
-            for span in load.job.spans:
-                if time.monotonic() - load.given > load.job.deadline:
-                    _log.warning("A load took longer than %.1f s; its tokens are computed", load.job.deadline)
-                    return set(), None
-                outcome.slot = span.slot
-                self._copier.to_cache(span)
-        if outcome.error is not None:
-            _log.error("Loading KV blocks failed; their tokens are computed", exc_info=outcome.error)
-            return {outcome.slot}, None
-        return None, Sample(self._copier.nbytes(load.job.spans), time.monotonic() - began)
+        spans, stream = load.job.spans, self._loader.stream
+        try:
+            bad, damaged = self._copy_batches_in(load, stream)
+        except _Abandoned as reason:
+            _log.warning("%s; its tokens are computed", reason)
+            return set(), set(), None
+        except Exception:  # noqa: BLE001 - a failed copy is an outcome, whatever its cause
+            _log.exception("Loading KV blocks failed; their tokens are computed")
+            return load.slots, set(), None
+        if bad:
+            return bad, damaged, None
+        return None, set(), Sample(self._copier.nbytes(spans), time.monotonic() - began)
 
-    def _run_save(self, job: SaveJob, mark: Any) -> None:
+    def _copy_batches_in(self, load: _Load, stream: Stream) -> tuple[set[int], set[int]]:
+        receipts: list[Receipt] = []
+        bad: set[int] = set()
+        with _ordered(stream, load.after):
+            for batch in self._copier.batches(load.job.spans):
+                if time.monotonic() - load.given > load.job.deadline:
+                    raise _Abandoned(f"A load took longer than {load.job.deadline:.1f} s")
+                if self._loader.stopped:
+                    raise _Abandoned("The engine shuts down during a load")
+                try:
+                    receipts += self._copier.to_cache(batch, stream.handle)
+                except Exception as error:  # noqa: BLE001 - whatever its cause, some slots may be innocent of it
+                    bad |= self._blame(batch, error, stream, receipts)
+        damaged = self._copier.damaged(receipts)
+        if damaged:
+            _log.error("The bytes of %d slots are not those that were saved; their tokens are computed", len(damaged))
+        return bad | damaged, damaged
+
+    def _blame(self, batch: Sequence[Span], error: Exception, stream: Stream, receipts: list[Receipt]) -> set[int]:
+        """The slots of spans that fail on their own, after a batch of them failed. The others are copied."""
+        failed: set[int] = set()
+        for span in batch:
+            try:
+                receipts += self._copier.to_cache([span], stream.handle)
+            except Exception as again:  # noqa: BLE001 - as above
+                failed.add(span.slot)
+                error = again
+        _log.error("Loading %d slots failed; their tokens are computed", len(failed), exc_info=error)
+        return failed
+
+    def _run_save(self, save: _Save) -> None:
         began = time.monotonic()
-        with _ordered(self._saver.stream, mark) as outcome:
-            for span in job.spans:
-                self._copier.to_slab(span)
+        job = save.job
+        ok = self._copy_out(save)
         sample = Sample(self._copier.nbytes(job.spans), time.monotonic() - began)
-        if outcome.error is not None:
-            _log.error("Saving KV blocks failed; they are not cached", exc_info=outcome.error)
         with self._changed:
             self._saving.discard(job.job)
             self._report.saved[job.job] += 1
-            if outcome.error is not None or job.job in self._given_up:
+            if not save.conflicts:
+                self._slots.end_write(save.slots)
+            if not ok or job.job in self._given_up:
                 self._given_up.discard(job.job)
                 self._report.failed_saves.add(job.job)
             else:
                 _keep(self._report.saves, sample)
             self._changed.notify_all()
 
+    def _copy_out(self, save: _Save) -> bool:
+        """Whether all blocks are in their slots."""
+        if save.conflicts:
+            _log.error("A save to slots %s that a transfer still uses is refused: a defect", sorted(save.conflicts))
+            return False
+        try:
+            self._copy_batches_out(save, self._saver.stream)
+        except _Abandoned:
+            return False
+        except Exception:  # noqa: BLE001 - as above
+            _log.exception("Saving KV blocks failed; they are not cached")
+            return False
+        return True
 
-@dataclass(slots=True)
-class _Outcome:
-    slot: int = -1
-    error: Exception | None = None
+    def _copy_batches_out(self, save: _Save, stream: Stream) -> None:
+        receipts: list[Receipt] = []
+        with _ordered(stream, save.after):
+            for batch in self._copier.batches(save.job.spans):
+                if self._saver.stopped or save.job.job in self._given_up:
+                    raise _Abandoned
+                receipts += self._copier.to_slab(batch, stream.handle)
+        self._copier.record(receipts)
 
 
 @contextmanager
-def _ordered(stream: Stream, after: Any) -> Iterator[_Outcome]:
+def _ordered(stream: Stream, after: Any) -> Iterator[None]:
     """Run copies after a mark; when this ends, failed or not, none of them is under way any more."""
-    outcome = _Outcome()
     try:
-        try:
-            stream.begin(after)
-            yield outcome
-        finally:
-            stream.finish()
-    except Exception as error:  # noqa: BLE001 - a failed copy is an outcome, whatever its cause
-        outcome.error = error
+        stream.begin(after)
+        yield
+    finally:
+        stream.finish()
 
 
 def _keep(samples: list[Sample], sample: Sample) -> None:
@@ -333,15 +378,26 @@ def _keep(samples: list[Sample], sample: Sample) -> None:
 
 
 class _Mover:
-    """A thread that runs what it is given, in order."""
+    """A thread that runs what it is given, in order, with its own side of a copier."""
 
-    def __init__(self, name: str, stream: Stream) -> None:
+    def __init__(self, name: str, stream: Stream, lane: Lane) -> None:
         self.stream = stream
+        self.stopped = False
+        self._lane = lane
         self._work: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._stopped = False
+        self._ready = False
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    def wait_ready(self, deadline: float) -> None:
+        """Return when work can be given; raises what kept the thread from it."""
+        with self._wake:
+            if not self._wake.wait_for(lambda: self._ready or self._error, max(0.0, deadline - time.monotonic())):
+                raise ConnectorError(f"{self._thread.name} was not ready within {START_SECONDS:.0f} s")
+            if self._error is not None:
+                raise self._error
 
     def submit(self, work: Callable[[], None]) -> None:
         with self._wake:
@@ -350,7 +406,7 @@ class _Mover:
 
     def stop(self) -> None:
         with self._wake:
-            self._stopped = True
+            self.stopped = True
             self._work.clear()
             self._wake.notify()
 
@@ -359,11 +415,24 @@ class _Mover:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._work or self._stopped)
-                if self._stopped:
-                    break
-                work = self._work.popleft()
+        try:
+            roam(self._lane.on_host)
+            self._lane.open()
+        except Exception as error:  # noqa: BLE001 - told to whoever waits for the thread
+            self._say(error)
+            return
+        self._say(None)
+        while (work := self._next()) is not None:
             work()
+        self._lane.close()
         self.stream.close()
+
+    def _say(self, error: Exception | None) -> None:
+        with self._wake:
+            self._ready, self._error = error is None, error
+            self._wake.notify_all()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._work or self.stopped)
+            return None if self.stopped else self._work.popleft()

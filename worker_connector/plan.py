@@ -69,11 +69,13 @@ class Sample:
 @dataclass(slots=True)
 class WorkerReport:
     """What ranks did since their last report. ``saved`` counts ranks per job. ``failed_loads`` names the slots whose
-    bytes could not be used: none when a load only came too late."""
+    bytes could not be used: none when a load only came too late. ``damaged`` are those of them whose bytes were not the
+    ones that were saved."""
 
     saved: Counter[int] = field(default_factory=Counter)
     failed_saves: set[int] = field(default_factory=set)
     failed_loads: dict[str, set[int]] = field(default_factory=dict)
+    damaged: set[int] = field(default_factory=set)
     loads: list[Sample] = field(default_factory=list)
     saves: list[Sample] = field(default_factory=list)
     step: int = 0
@@ -84,6 +86,7 @@ class WorkerReport:
         self.failed_saves |= other.failed_saves
         for request_id, slots in other.failed_loads.items():
             self.failed_loads[request_id] = self.failed_loads.get(request_id, set()) | slots
+        self.damaged |= other.damaged
         self.loads += other.loads
         self.saves += other.saves
         self.step = max(self.step, other.step)

@@ -481,6 +481,8 @@ class Planner:
             self._saves.acknowledge(job, ranks, failed=job in report.failed_saves)
         for request_id, slots in report.failed_loads.items():
             self._fail_load(request_id, slots)
+        if report.damaged:
+            self.stats.add("damaged_chunks", len(report.damaged), CPU)
         for sample in report.loads:
             self.estimator.observe_load(sample.nbytes, sample.seconds)
         for sample in report.saves:

@@ -1,36 +1,47 @@
 """The CPU tier's memory on one rank: fixed slots in one allocation, made once and never moved."""
 
-import ctypes
 import logging
-import mmap
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from worker_connector import native
 from worker_connector.errors import ConfigurationError
+from worker_connector.placement import ANY_NODE
 
-_MADV_POPULATE_WRITE = 23
+_HUGE_PAGE = 2 << 20
+_HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 _log = logging.getLogger("vllm.warmroute.slab")
 
 
 class Slab:
-    """``slots`` times ``slot_bytes`` bytes of host memory, page-locked for a GPU where ``pin`` asks for it.
+    """``slots`` times ``slot_bytes`` bytes of host memory, page-locked for a GPU where ``device`` is one.
 
     All of it is taken from the operating system at once: a page fault in the middle of a save would stall the engine's
-    own allocations. That costs a fraction of a second per GiB.
+    own allocations. That costs a fraction of a second per GiB. ``node`` is the NUMA node that it should be on, ``huge``
+    asks for reserved huge pages; where either cannot be had, one warning says so. Children of fork() do not get it.
 
     Raises:
         ConfigurationError: the machine, or the container, does not have that much memory.
+        NativeError: the native library is missing or failed.
     """
 
-    def __init__(self, slots: int, slot_bytes: int, *, pin: bool = False) -> None:
+    def __init__(
+        self,
+        slots: int,
+        slot_bytes: int,
+        *,
+        device: torch.device | None = None,
+        node: int = ANY_NODE,
+        huge: bool = False,
+    ) -> None:
         size = slots * slot_bytes
-        available = _available_memory()
+        available = _available_memory(size, huge=huge)
         if available is not None and size > available:
             raise ConfigurationError(
                 f"the CPU tier needs {size >> 20} MiB on this rank, but only {available >> 20} MiB of memory are "
@@ -39,44 +50,49 @@ class Slab:
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.pinned = False
-        memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError, AttributeError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self.bytes: torch.Tensor | None = whole[:size]
-        self._address = whole.data_ptr()
+        self.granted = native.Granted(0)
+        self.bytes: torch.Tensor | None = torch.empty(0, dtype=torch.uint8)
         if size:
-            _populate(self._address, size)
-        if pin and size:
-            self._pin(size)
+            self._allocate(size, device or torch.device("cpu"), node, huge)
 
     def close(self) -> None:
         """Give the memory back. No transfer may be under way; views that others still hold keep it until they go."""
-        # Tensors hold the mapping but do not export it, so that closing it would unmap it under them: the last one to
-        # go does that.
         self.bytes = None
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
-            self.pinned = False
+        self.pinned = False
 
-    def _pin(self, size: int) -> None:
-        # torch's own pinned allocator rounds sizes up to a power of two, which wastes up to half of a large slab.
-        result = torch.cuda.cudart().cudaHostRegister(self._address, size, 0)
-        self.pinned = int(result) == 0
-        if not self.pinned:
-            _log.warning("The CPU tier's memory cannot be page-locked (CUDA error %d); transfers will be slow", result)
-
-
-def _populate(address: int, size: int) -> None:
-    """Fault all pages in. Kernels before 5.14 cannot; there, first writes do."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
-        _log.info("The CPU tier's memory is not populated ahead: %s", os.strerror(ctypes.get_errno()))
+    def _allocate(self, size: int, device: torch.device, node: int, huge: bool) -> None:
+        with native.Context(device) as context:
+            memory = context.allocate(size, node=node, huge=huge)
+        # Tensors hold the memory but do not export it: the last one to go gives it back.
+        self.bytes = torch.frombuffer(memory.view(), dtype=torch.uint8)[:size]
+        self.granted = memory.granted
+        self.pinned = native.Granted.LOCKED in memory.granted
+        for missing, consequence in _shortcomings(memory.granted, device, node, huge=huge):
+            _log.warning("The CPU tier's memory is not %s", f"{missing}: {consequence}")
 
 
-def _available_memory() -> int | None:
+def _shortcomings(granted: Any, device: torch.device, node: int, *, huge: bool) -> Iterator[tuple[str, str]]:
+    """What was asked for and not given, and what to do about it."""
+    if device.type == "cuda" and native.Granted.LOCKED not in granted:
+        yield "page-locked", "transfers will be slow; raise the limit of locked memory (ulimit -l)"
+    if huge and native.Granted.HUGE not in granted:
+        yield "in huge pages", "reserve enough of them (vm.nr_hugepages), or set huge_pages to false"
+    if node != ANY_NODE and native.Granted.BOUND not in granted:
+        yield f"on NUMA node {node}", "transfers may be slower; free memory there, or set numa_node to any"
+
+
+def _available_memory(size: int, *, huge: bool) -> int | None:
+    """Bytes that can be had at most, None where nothing says so. Reserved huge pages count where they hold it all."""
+    if huge and (pool := _huge_pages()) >= size:
+        return pool
     free = [each for each in (_machine_memory(), *_container_memory()) if each is not None]
     return min(free, default=None)
+
+
+def _huge_pages() -> int:
+    with suppress(OSError, ValueError):
+        return int((_HUGE_POOL / "free_hugepages").read_text(encoding="ascii")) * _HUGE_PAGE
+    return 0
 
 
 def _machine_memory() -> int | None:

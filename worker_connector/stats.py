@@ -35,6 +35,11 @@ FIGURES = (
     Figure("save_seconds", "Time that saves took, in seconds.", by_tier=True),
     Figure("evictions", "Chunks evicted to make room.", by_tier=True),
     Figure("failed_loads", "Chunks whose load failed; their tokens were computed instead.", by_tier=True),
+    Figure(
+        "damaged_chunks",
+        "Chunks among them whose bytes were not those that were saved; seen where verify is on.",
+        by_tier=True,
+    ),
     Figure("skipped_loads", "Chunks not loaded because computing them was predicted to be faster.", by_tier=True),
     Figure("dropped_readers", "Report readers dropped because they did not keep up."),
     Figure("relists", "Snapshots sent to report readers."),

@@ -1,6 +1,7 @@
 """The half of the connector that runs beside the model: one per rank, with its slab and its movers."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 
 from worker_connector.config import ConnectorConfig
-from worker_connector.errors import UnsupportedCache
+from worker_connector.copier import Copier
+from worker_connector.errors import NativeUnavailable, UnsupportedCache
 from worker_connector.geometry import describe_groups
-from worker_connector.movers import Copier, Transfers, stream_for
+from worker_connector.movers import Transfers, stream_for
+from worker_connector.placement import node_of_cpus, node_of_gpu
 from worker_connector.plan import SaveJob, StepPlan, WorkerReport
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.slab import Slab
@@ -56,12 +59,14 @@ class WorkerHalf:
 
         Raises:
             ConfigurationError: chunk size or CPU tier size do not fit this engine.
+            NativeUnavailable: there is a CPU tier to keep, and no native library that could copy to it.
         """
         try:
             self._allocate(kv_caches)
         except UnsupportedCache as reason:
-            # The scheduler half finds the same and says so once per engine.
-            _log.debug("No slab: %s", reason)
+            # What the description of the cache tells, the scheduler half says once per engine; what only its memory
+            # tells, nobody else sees.
+            _log.warning("This rank has no CPU tier: %s", reason)
 
     def settle(self, plan: StepPlan) -> None:
         """Before anything writes to reallocated blocks: finish the saves that read them."""
@@ -122,12 +127,12 @@ class WorkerHalf:
     def _allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         groups = describe_groups(self._cache, self._parallel, self._config.chunk_size)
         layout = SlotLayout(group_regions(self._cache), [group.blocks_per_chunk for group in groups])
-        buffer = _backing(kv_caches)
+        buffer = _backing(kv_caches, self._cache)
         budget = self._config.cpu_budget(buffer.numel() * self._ranks) // self._ranks
         if not self._config.enable_prefix_cache:
             return
-        self.slots = budget // layout.slot_bytes
-        if not self.slots:
+        slots = budget // layout.slot_bytes
+        if not slots:
             if self._config.enable_cpu:
                 _log.warning(
                     "The CPU tier is empty: a chunk takes %d bytes on each of %d ranks, more than its %d: raise "
@@ -137,26 +142,46 @@ class WorkerHalf:
                     budget,
                 )
             return
-        on_gpu = buffer.device.type == "cuda"
-        self._slab = Slab(self.slots, layout.slot_bytes, pin=on_gpu)
-        assert self._slab.bytes is not None
-        copier = self._make_copier(buffer, self._slab.bytes, layout)
-        self._transfers = Transfers(copier, lambda: stream_for(buffer.device))
+        try:
+            self._build(buffer, layout, slots)
+        except NativeUnavailable as error:
+            raise NativeUnavailable(f"{error}. To run without a CPU tier, set enable_cpu to false") from error
+        self.slots = slots
         _log.info(
-            "CPU tier: %d chunks of %d tokens, %.1f MiB each, %.2f GiB on this rank",
-            self.slots,
+            "CPU tier: %d chunks of %d tokens, %.1f MiB each, %.2f GiB on this rank%s",
+            slots,
             self._config.chunk_size,
             layout.slot_bytes / (1 << 20),
-            self.slots * layout.slot_bytes / (1 << 30),
+            slots * layout.slot_bytes / (1 << 30),
+            ", checksums are compared" if self._config.verify else "",
         )
 
+    def _build(self, buffer: torch.Tensor, layout: SlotLayout, slots: int) -> None:
+        config, device = self._config, buffer.device
+        node = _near(device) if config.numa_node is None else config.numa_node
+        slab = Slab(slots, layout.slot_bytes, device=device, node=node, huge=config.huge_pages)
+        assert slab.bytes is not None
+        copier = self._make_copier(buffer, slab.bytes, layout, threads=config.copy_threads, verify=config.verify)
+        self._transfers = Transfers(copier, lambda: stream_for(device))
+        self._slab = slab
 
-def _backing(kv_caches: Mapping[str, torch.Tensor]) -> torch.Tensor:
+
+def _near(device: torch.device) -> int:
+    """The NUMA node from which transfers have the shortest way."""
+    if device.type == "cuda":
+        return node_of_gpu(torch.cuda.get_device_properties(device))
+    return node_of_cpus(os.sched_getaffinity(0))
+
+
+def _backing(kv_caches: Mapping[str, torch.Tensor], cache: Any) -> torch.Tensor:
     """The one allocation behind all layers' KV cache, as bytes."""
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in kv_caches.values()}
     if len(storages) != 1:
-        raise UnsupportedCache("the KV cache is not one allocation")
+        raise UnsupportedCache(f"the KV cache is {len(storages)} allocations, not one")
     (tensor,) = storages.values()
     storage = tensor.untyped_storage()
+    described = max(each.size for each in cache.kv_cache_tensors)
+    if storage.nbytes() < described:
+        raise UnsupportedCache(f"the KV cache has {storage.nbytes()} bytes, but {described} are described")
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return flat.set_(storage, 0, (storage.nbytes(),), (1,))

@@ -6,35 +6,38 @@ block loaded is to be spoilt.
 
 import os
 import time
+from collections.abc import Sequence
 from ctypes import memset
 from pathlib import Path
 from typing import Any
 
 from worker_connector.connector import WarmrouteConnector
-from worker_connector.movers import Copier
+from worker_connector.copier import Copier, Receipt
 from worker_connector.plan import Span
 
 
 class FaultyCopier(Copier):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._done = ""
 
-    def to_cache(self, span: Span) -> None:
+    def to_cache(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
         fault = Path(os.environ["KV_TEST_FAULT"]).read_text(encoding="utf-8")
         if fault == "fail":
             raise OSError("a load that fails on command")
         if fault == "slow":
-            time.sleep(0.05)
-        super().to_cache(span)
-        if fault == f"corrupt {span.group}" != self._done:
-            self._spoil(Span(span.slot, span.group, span.at, span.blocks[:1]))
-            self._done = fault
+            time.sleep(0.05 * len(spans))
+        receipts = super().to_cache(spans, stream)
+        for span in spans:
+            if fault == f"corrupt {span.group}" != self._done:
+                self._spoil(span.group, span.blocks[0])
+                self._done = fault
+        return receipts
 
-    def _spoil(self, block: Span) -> None:
+    def _spoil(self, group: int, block: int) -> None:
         """Overwrite one block, in every layer of its group."""
-        for in_cache, _, count in self._pieces(block):
-            memset(self._cache_start + in_cache, 0x3C, count)
+        for region in self._layout.regions[group]:
+            memset(self._cache.data_ptr() + region.offset + block * region.block_stride, 0x3C, region.nbytes)
 
 
 class FaultyConnector(WarmrouteConnector):

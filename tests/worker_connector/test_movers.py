@@ -1,15 +1,19 @@
+import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the worker half needs torch")
 
 from worker_connector import movers  # noqa: E402
-from worker_connector.movers import Copier, Stream, Transfers  # noqa: E402
+from worker_connector.copier import Copier, Receipt  # noqa: E402
+from worker_connector.errors import ConnectorError  # noqa: E402
+from worker_connector.movers import SlotUse, Stream, Transfers  # noqa: E402
 from worker_connector.plan import LoadJob, SaveJob, Span, WorkerReport  # noqa: E402
 from worker_connector.regions import Region, SlotLayout  # noqa: E402
 
@@ -68,13 +72,13 @@ class GatedCopier(Copier):
 
     gate = threading.Event()
 
-    def to_cache(self, span: Span) -> None:
+    def to_cache(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
         assert self.gate.wait(DEADLINE)
-        super().to_cache(span)
+        return super().to_cache(spans, stream)
 
-    def to_slab(self, span: Span) -> None:
+    def to_slab(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
         assert self.gate.wait(DEADLINE)
-        super().to_slab(span)
+        return super().to_slab(spans, stream)
 
 
 @pytest.fixture(autouse=True)
@@ -83,15 +87,35 @@ def closed_gate() -> None:
 
 
 class FailingCopier(Copier):
-    def to_cache(self, span: Span) -> None:
-        if span.slot == 2:
+    def to_cache(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
+        if any(span.slot == 2 for span in spans):
             raise OSError("bad slot")
-        super().to_cache(span)
+        return super().to_cache(spans, stream)
 
-    def to_slab(self, span: Span) -> None:
-        if span.slot == 2:
+    def to_slab(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
+        if any(span.slot == 2 for span in spans):
             raise OSError("bad slot")
-        super().to_slab(span)
+        return super().to_slab(spans, stream)
+
+
+class SingleBatches(Copier):
+    """Every span is a batch; counts them, and may be told to be slow."""
+
+    copied = 0
+    pause = 0.0
+
+    def batches(self, spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
+        return iter([[span] for span in spans])
+
+    def to_cache(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
+        self.copied += 1
+        time.sleep(self.pause)
+        return super().to_cache(spans, stream)
+
+    def to_slab(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
+        self.copied += 1
+        time.sleep(self.pause)
+        return super().to_slab(spans, stream)
 
 
 def test_blocks_come_back_byte_for_byte_through_random_slots_and_blocks() -> None:
@@ -111,32 +135,6 @@ def test_blocks_come_back_byte_for_byte_through_random_slots_and_blocks() -> Non
                 stored[slot] = [bench.block(block) for block in blocks]
         assert not bench.failed
         assert not bench.report.failed_saves
-
-
-def test_a_region_narrower_than_its_stride_is_copied_block_by_block() -> None:
-    layout = SlotLayout([[Region(16, 64, 32)]], [3])
-    cache = torch.arange(10 * 64, dtype=torch.int32).to(torch.uint8)
-    slab = torch.zeros(2 * layout.slot_bytes, dtype=torch.uint8)
-    before = cache.clone()
-    copier = Copier(cache, slab, layout)
-    copier.to_slab(Span(1, 0, 0, [4, 5, 6]))
-    assert torch.equal(slab[layout.slot_bytes :][:96], before.view(10, 64)[4:7, 16:48].flatten())
-    copier.to_cache(Span(1, 0, 0, [0, 2, 3]))
-    expected = before.view(10, 64).clone()
-    expected[[0, 2, 3], 16:48] = before.view(10, 64)[4:7, 16:48]
-    assert torch.equal(cache.view(10, 64), expected)
-
-
-@pytest.mark.parametrize("stride", [512, 520])
-def test_a_block_that_the_cache_lacks_fails_its_copy(stride: int) -> None:
-    layout = SlotLayout([[Region(8, stride, 512)]], [PER_CHUNK])
-    cache = torch.zeros(8 + 4 * stride, dtype=torch.uint8)
-    copier = Copier(cache, torch.zeros(layout.slot_bytes, dtype=torch.uint8), layout)
-    copier.to_slab(Span(0, 0, 0, [0, 3]))
-    copier.to_cache(Span(0, 0, 0, [0, 3]))
-    for copy in (copier.to_slab, copier.to_cache):
-        with pytest.raises(IndexError, match="block 4 of a KV cache of 4 blocks"):
-            copy(Span(0, 0, 0, [0, 4]))
 
 
 def test_submitting_does_not_wait_for_the_copy_and_each_end_is_told_once() -> None:
@@ -306,11 +304,167 @@ def test_reports_of_ranks_add_up() -> None:
     assert not WorkerReport()
 
 
-def lengths(pieces: Iterable[tuple[int, int, int]]) -> list[int]:
-    return [length for _, _, length in pieces]
+def test_the_copies_of_one_batch_are_one_call_and_late_ones_end_between_batches() -> None:
+    with rig(SingleBatches) as bench:
+        copier: Any = bench.transfers._copier
+        copier.pause = 0.05
+        spans = [Span(slot, 0, 0, [4 * slot + at for at in range(1, 5)]) for slot in range(SLOTS)]
+        bench.transfers.load([LoadJob("a", spans, 0.12)])
+        bench.until(lambda: bench.finished == ["a"])
+        assert bench.failed == ["a"]
+        assert bench.report.failed_loads == {"a": set()}
+        assert 2 <= copier.copied < SLOTS
 
 
-def test_consecutive_blocks_are_one_copy_per_region() -> None:
-    copier = Copier(torch.zeros(BLOCKS * 1024, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), LAYOUT)
-    assert lengths(copier._pieces(Span(0, 0, 0, [4, 5, 6, 7]))) == [2048, 2048]
-    assert lengths(copier._pieces(Span(0, 0, 0, [4, 5, 9, 8]))) == [1024, 1024, 512, 512, 512, 512]
+def test_a_save_that_was_given_up_is_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movers, "_SETTLE_SECONDS", 0.05)
+    with rig(SingleBatches) as bench:
+        copier: Any = bench.transfers._copier
+        copier.pause = 0.04
+        bench.transfers.save(SaveJob(1, [Span(slot, 0, 0, [1, 2, 3, 4]) for slot in range(SLOTS)]))
+        bench.transfers.settle([1])
+        bench.until(lambda: bench.report.saved[1] == 1)
+        assert bench.report.failed_saves == {1}
+        assert copier.copied < SLOTS
+
+
+def test_closing_ends_a_long_transfer_between_batches() -> None:
+    bench = Rig(SingleBatches)
+    copier: Any = bench.transfers._copier
+    copier.pause = 0.05
+    spans = [Span(at % SLOTS, 0, 0, [1, 2, 3, 4]) for at in range(40)]
+    bench.transfers.load([LoadJob("a", spans, DEADLINE)])
+    time.sleep(0.02)
+    assert bench.transfers.close(timeout=0.5)
+    assert copier.copied <= 2
+    bench.collect()
+    assert bench.failed == ["a"]
+
+
+class StumblingCopier(Copier):
+    """Fails where several spans come at once, and for slot 4."""
+
+    def to_cache(self, spans: Sequence[Span], stream: int = 0) -> list[Receipt]:
+        if len(spans) > 1 or spans[0].slot == 4:
+            raise OSError("too many")
+        return super().to_cache(spans, stream)
+
+
+def test_only_slots_that_fail_on_their_own_are_blamed_for_their_batch() -> None:
+    with rig(StumblingCopier) as bench:
+        spans = [Span(slot, 0, 0, [4 * slot + at for at in range(1, 5)]) for slot in (1, 4, 2)]
+        bench.transfers.load([LoadJob("a", spans, DEADLINE)])
+        bench.transfers.load([LoadJob("b", [spans[0], spans[2]], DEADLINE)])
+        bench.until(lambda: bench.finished == ["a", "b"])
+        assert bench.failed == ["a"]
+        assert bench.report.failed_loads == {"a": {4}}
+
+
+def test_a_block_that_the_cache_lacks_spares_the_slots_of_the_others() -> None:
+    with rig() as bench:
+        spans = [Span(1, 0, 0, [1, 2, 3, 4]), Span(2, 0, 0, [5, 6, 7, BLOCKS]), Span(3, 0, 0, [9, 10, 11, 12])]
+        bench.transfers.load([LoadJob("a", spans, DEADLINE)])
+        bench.transfers.save(SaveJob(1, spans))
+        bench.until(lambda: bench.finished == ["a"] and bench.report.saved[1] == 1)
+        assert bench.report.failed_loads == {"a": {2}}
+        assert bench.report.failed_saves == {1}
+
+
+def test_a_slot_that_a_load_reads_is_not_written(caplog: pytest.LogCaptureFixture) -> None:
+    with rig(GatedCopier) as bench:
+        before = bench.slab.clone()
+        bench.load("a", 1, [1, 2, 3, 4])
+        bench.save(1, 1, [5, 6, 7, 8])
+        GatedCopier.gate.set()
+        bench.until(lambda: bench.finished == ["a"] and bench.report.saved[1] == 1)
+        assert bench.report.failed_saves == {1}
+        assert not bench.failed
+        assert torch.equal(bench.slab, before)
+        bench.save(2, 1, [5, 6, 7, 8])
+        bench.until(lambda: bench.report.saved[2] == 1)
+        assert bench.report.failed_saves == {1}
+    assert "a defect" in caplog.text
+
+
+def test_a_slot_that_a_save_writes_is_neither_read_nor_written_by_others() -> None:
+    with rig(GatedCopier) as bench:
+        before = bench.cache.clone()
+        bench.save(1, 1, [1, 2, 3, 4])
+        bench.save(2, 1, [5, 6, 7, 8])
+        bench.load("a", 1, [9, 10, 11, 12])
+        GatedCopier.gate.set()
+        bench.until(lambda: bench.finished == ["a"] and bench.report.saved[1] == bench.report.saved[2] == 1)
+        assert bench.report.failed_saves == {2}
+        assert bench.report.failed_loads == {"a": {1}}
+        assert torch.equal(bench.cache, before)
+
+
+def test_what_ends_use_that_was_not_begun_is_a_defect() -> None:
+    use = SlotUse()
+    assert not use.read({1, 2})
+    assert not use.read({2})
+    assert use.write({2, 3}) == {2}
+    use.end_read({1, 2})
+    assert use.write({2}) == {2}
+    use.end_read({2})
+    assert not use.write({2})
+    assert use.read({2}) == {2}
+    use.end_write({2})
+    assert not use
+    with pytest.raises(AssertionError):
+        use.end_read({2})
+    with pytest.raises(AssertionError):
+        use.end_write({2})
+
+
+def test_damaged_bytes_fail_their_slot_and_are_told() -> None:
+    def checked(*args: Any) -> Copier:
+        return Copier(*args, verify=True)
+
+    with rig(checked) as bench:  # type: ignore[arg-type]
+        spans = [Span(slot, 0, 0, [4 * slot + at for at in range(1, 5)]) for slot in range(SLOTS)]
+        bench.transfers.save(SaveJob(1, spans))
+        bench.until(lambda: bench.report.saved[1] == 1)
+        bench.transfers.load([LoadJob("a", spans, DEADLINE)])
+        bench.until(lambda: bench.finished == ["a"])
+        assert not bench.failed
+        bench.slab[3 * LAYOUT.slot_bytes + 1234] ^= 16
+        bench.transfers.load([LoadJob("b", spans, DEADLINE)])
+        bench.until(lambda: bench.finished == ["a", "b"])
+        assert bench.failed == ["b"]
+        assert bench.report.failed_loads == {"b": {3}}
+        assert bench.report.damaged == {3}
+
+
+def test_transfers_are_refused_in_a_process_that_did_not_make_them() -> None:
+    with rig() as bench:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                bench.save(1, 0, [1, 2, 3, 4])
+            except RuntimeError as error:
+                os.write(writing, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        assert os.waitpid(child, 0)[1] == 0
+        assert b"process" in os.read(reading, 1000)
+        os.close(reading)
+        bench.save(2, 0, [1, 2, 3, 4])
+        bench.until(lambda: bench.report.saved[2] == 1)
+
+
+class UnreadyCopier(Copier):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.saves._open_context = self._refuse
+
+    def _refuse(self) -> Any:
+        raise ConnectorError("no such device")
+
+
+def test_a_mover_that_cannot_be_set_up_is_an_error_at_start() -> None:
+    with pytest.raises(ConnectorError, match="no such device"):
+        Rig(UnreadyCopier)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("warmroute-")]

@@ -28,9 +28,9 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_layout import KVCacheLayout
     from vllm.v1.worker.utils import allocate_kv_cache
 
+from worker_connector.copier import Copier
 from worker_connector.errors import ConfigurationError, UnsupportedCache
 from worker_connector.geometry import Group, describe_groups
-from worker_connector.movers import Copier
 from worker_connector.plan import Span
 from worker_connector.regions import Region, RegionSet, SlotLayout, group_regions
 
@@ -139,11 +139,11 @@ def check_round_trip(cache: Cache, copier: Copier, slab: torch.Tensor, slot_byte
     sources, targets = scattered(blocks, 2), scattered(blocks, 20)
     every = [(name, block) for each in cache.config.kv_cache_groups for name in each.layer_names for block in range(36)]
     before = {place: cache.block(*place) for place in every}
-    copier.to_slab(Span(1, index, 0, sources))
+    copier.to_slab([Span(1, index, 0, sources)])
     assert not slab[:slot_bytes].any(), "a save wrote outside its slot"
     assert not slab[2 * slot_bytes :].any(), "a save wrote outside its slot"
     # Only the last blocks come back, as when a load continues in the middle of a chunk.
-    copier.to_cache(Span(1, index, 1, targets[1:]))
+    copier.to_cache([Span(1, index, 1, targets[1:])])
     expected = dict(before)
     for source, target in zip(sources[1:], targets[1:], strict=True):
         expected |= {(name, target): before[name, source] for name in layers}

@@ -1,4 +1,5 @@
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the worker half needs torch")
 
 from worker_connector import slab as slab_module  # noqa: E402
-from worker_connector.errors import ConfigurationError  # noqa: E402
+from worker_connector.errors import ConfigurationError, NativeUnavailable  # noqa: E402
+from worker_connector.native import Granted  # noqa: E402
 from worker_connector.slab import Slab  # noqa: E402
 
 
@@ -54,7 +56,7 @@ def test_closing_twice_is_harmless() -> None:
 
 
 def test_a_slab_larger_than_the_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slab_module, "_available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(slab_module, "_available_memory", lambda *_, **__: 1 << 20)
     with pytest.raises(ConfigurationError, match="lower cpu_bytes"):
         Slab(2, 1 << 20)
 
@@ -82,7 +84,72 @@ def test_a_slab_larger_than_the_container_is_refused(
 def test_a_container_without_a_limit_has_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab_module, "_CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
-    unlimited = slab_module._available_memory()
+    unlimited = slab_module._available_memory(1, huge=False)
     (tmp_path / "memory.max").unlink()
-    assert unlimited == pytest.approx(slab_module._available_memory(), rel=0.2)
+    assert unlimited == pytest.approx(slab_module._available_memory(1, huge=False), rel=0.2)
     Slab(4, 1 << 20).close()
+
+
+def test_no_slots_take_no_memory() -> None:
+    slab = Slab(0, 4096)
+    assert slab.bytes is not None
+    assert slab.bytes.numel() == 0
+    slab.close()
+
+
+def test_a_slab_starts_on_a_memory_page_and_is_zero() -> None:
+    slab = Slab(3, 4096)
+    assert slab.bytes is not None
+    assert slab.bytes.data_ptr() % 4096 == 0
+    assert not slab.bytes.any()
+
+
+def test_reserved_huge_pages_count_only_where_they_hold_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "_HUGE_POOL", tmp_path)
+    monkeypatch.setattr(slab_module, "_machine_memory", lambda: 1 << 20)
+    (tmp_path / "free_hugepages").write_text("3\n")
+    assert slab_module._available_memory(6 << 20, huge=True) == 6 << 20
+    assert slab_module._available_memory(7 << 20, huge=True) == 1 << 20
+    assert slab_module._available_memory(6 << 20, huge=False) == 1 << 20
+
+
+def test_what_was_asked_for_and_not_given_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slab_module.native.Context, "allocate", lambda _, size, **__: FakeMemory(size))
+    Slab(1, 4096, node=0, huge=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "vm.nr_hugepages" in caplog.text
+    assert "NUMA node 0" in caplog.text
+    caplog.clear()
+    Slab(1, 4096)
+    assert not caplog.records
+
+
+class FakeMemory:
+    granted = Granted.TRANSPARENT
+
+    def __init__(self, size: int) -> None:
+        self._bytes = bytearray(size)
+
+    def view(self) -> memoryview:
+        return memoryview(self._bytes)
+
+
+def test_without_the_library_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARMROUTE_NATIVE_DIR", str(tmp_path))
+    with pytest.raises(NativeUnavailable, match="install warmroute again"):
+        Slab(1, 4096)
+
+
+def test_a_forked_child_may_drop_its_copy_without_harm() -> None:
+    slab = Slab(64, 4096)
+    assert slab.bytes is not None
+    slab.bytes.fill_(5)
+    child = os.fork()
+    if not child:
+        slab.close()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert int(slab.bytes.sum()) == 5 * 64 * 4096
