@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from tests.native.rig import Backend, Missing, Rig, backends
@@ -24,3 +25,10 @@ def rigs(request: pytest.FixtureRequest) -> Iterator[list[Rig]]:
 def rig(rigs: list[Rig], request: pytest.FixtureRequest) -> Rig:
     """Every backend, with one thread and with two."""
     return rigs[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _numbers_of_every_kind() -> Iterator[None]:
+    """The oracle computes with NaNs and infinities on purpose."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        yield

@@ -157,7 +157,7 @@ def planes(view: View, encoding: int) -> Iterator[tuple[str, int]]:
 
 def _scales(x: Array, axis: int, steps: int) -> Array:
     finite = np.where(np.isfinite(x), np.abs(x), np.float32(0))
-    return np.maximum(finite.max(axis) / np.float32(steps), LEAST_SCALE)
+    return np.clip(finite.max(axis) / np.float32(steps), LEAST_SCALE, _greatest(F32, steps))
 
 
 def _scaled(x: Array, scale: Array) -> Array:
@@ -215,7 +215,15 @@ def decode(view: View, encoding: int, unit: bytes) -> tuple[Array, Array]:
 
 def greatest_scale(encoding: int, dtype: int) -> np.float32:
     """The largest scale that an encoder writes."""
-    return np.float32(np.float32(LARGEST[dtype]) / np.float32(127 if encoding == INT8 else 448))
+    return _greatest(dtype, 127 if encoding == INT8 else 448)
+
+
+def _greatest(dtype: int, steps: int) -> np.float32:
+    scale = np.float32(LARGEST[dtype]) / np.float32(steps)
+    with np.errstate(over="ignore"):
+        while np.isinf(scale * np.float32(steps)):
+            scale = np.nextafter(scale, np.float32(0))
+    return np.float32(scale)
 
 
 def _decode_half(encoding: int, half: Half, scale: Array, codes: Array) -> Array:
