@@ -6,11 +6,13 @@
 
 namespace wr {
 
+struct Grid;
+
 struct Kernels {
     const char *name;
-    void (*copy)(uint8_t *to, const uint8_t *from, uint64_t size);
-    void (*copy_rows)(uint8_t *to, int64_t to_stride, const uint8_t *from, int64_t from_stride, uint64_t size,
-                      int64_t rows);
+    void (*prefetch)(const uint8_t *bytes, uint64_t size, bool written);
+    void (*copy)(uint8_t *to, const uint8_t *from, uint64_t size, uint64_t string_from);
+    void (*copy_grid)(uint8_t *to, const uint8_t *from, const Grid &grid, uint64_t string_from);
     uint64_t (*checksum_words)(const uint8_t *bytes, uint64_t size, uint64_t first);
     uint32_t (*crc32c)(uint32_t crc, const uint8_t *bytes, uint64_t size);
     int (*encode)(const UnitShape &shape, int encoding, const uint8_t *content, int64_t token_stride, uint8_t *out);
@@ -19,13 +21,14 @@ struct Kernels {
     void (*rotate)(const UnitShape &shape, uint8_t *content, int64_t token_stride, const Rotation &rotation);
 };
 
-extern const Kernels PORTABLE_KERNELS;
-#if defined(WR_WITH_X86)
-extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
-#endif
-#if defined(WR_WITH_NEON)
-extern const Kernels NEON_KERNELS;
-#endif
+// What this processor runs of a wr_isa; null if it does not, or this build lacks it.
+const Kernels *kernels_of(int32_t isa);
+
+// The best of them.
+const Kernels &best_kernels();
+
+// From how many bytes on this processor's string copy is the fastest; WR_NO_STRING_COPY if it never is.
+uint64_t string_copy_from();
 
 }  // namespace wr
 

@@ -1,0 +1,73 @@
+// Choosing among the instruction sets that the core was compiled for.
+#include "cpu_kernels.hpp"
+
+#include <initializer_list>
+
+#include "core/copy.hpp"
+
+#if defined(WR_WITH_X86)
+#include <cpuid.h>
+#endif
+#if defined(WR_WITH_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace wr {
+
+extern const Kernels PORTABLE_KERNELS;
+
+#if defined(WR_WITH_X86)
+extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
+
+// Besides the vectors themselves, the tables are compiled for what every processor with them has.
+static bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("sse4.2");
+}
+
+static bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+#if defined(WR_WITH_NEON)
+extern const Kernels NEON_KERNELS;
+#endif
+
+const Kernels *kernels_of(int32_t isa) {
+    switch (isa) {
+        case WR_ISA_PORTABLE: return &PORTABLE_KERNELS;
+#if defined(WR_WITH_X86)
+        case WR_ISA_AVX2: return has_avx2() ? &AVX2_KERNELS : nullptr;
+        case WR_ISA_AVX512: return has_avx512() ? &AVX512_KERNELS : nullptr;
+#endif
+#if defined(WR_WITH_NEON)
+        case WR_ISA_NEON: return (getauxval(AT_HWCAP) & HWCAP_CRC32) ? &NEON_KERNELS : nullptr;
+#endif
+        case WR_ISA_BEST:
+            for (int32_t each : {WR_ISA_AVX512, WR_ISA_AVX2, WR_ISA_NEON})
+                if (const Kernels *kernels = kernels_of(each)) return kernels;
+            return &PORTABLE_KERNELS;
+        default: return nullptr;
+    }
+}
+
+const Kernels &best_kernels() {
+    static const Kernels *const best = kernels_of(WR_ISA_BEST);
+    return *best;
+}
+
+uint64_t string_copy_from() {
+#if defined(WR_WITH_X86) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    const unsigned enhanced = 1u << 9, fast_short = 1u << 4;  // ERMS in EBX, FSRM in EDX (Intel SDM, CPUID leaf 7)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__builtin_cpu_is("intel") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return WR_NO_STRING_COPY;
+    if (d & fast_short) return 256;
+    if (b & enhanced) return 2048;
+#endif
+    return WR_NO_STRING_COPY;
+}
+
+}  // namespace wr
