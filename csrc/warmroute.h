@@ -87,7 +87,14 @@ typedef struct wr_rotation {
     int32_t count, rotary_offset, interleaved, reserved;
 } wr_rotation;
 
-typedef enum wr_path { WR_AUTO = 0, WR_COPY_ENGINE = 1, WR_KERNEL = 2 } wr_path;
+/* Which way raw content takes on a GPU. What a way cannot do (the copy engines: rotations, checksums; staging: parts of
+ * blocks; encodings always use it) takes another. docs/gpu.md. */
+typedef enum wr_path {
+    WR_AUTO = 0,        /* as calibrated */
+    WR_COPY_ENGINE = 1, /* batched copies */
+    WR_KERNEL = 2,      /* a kernel that reads and writes page-locked memory itself */
+    WR_STAGED = 3       /* a kernel to or from memory of the GPU, and batched copies between there and the host */
+} wr_path;
 
 typedef struct wr_options {
     int32_t device;           /* CUDA ordinal; ignored by the CPU backend */
@@ -135,7 +142,8 @@ WR_API int32_t wr_rotate(wr_context *context, const wr_view *view, const wr_rang
 WR_API int32_t wr_copy_batch(wr_context *context, const uint64_t *targets, const uint64_t *sources,
                              const uint64_t *sizes, int64_t count, int32_t loads, void *stream);
 
-/* CUDA: wait for the stream, and say how the encoded gathers since the last call ended. CPU: WR_OK. */
+/* CUDA: wait for the stream, for a minute at most, and say how the encoded gathers (WR_INCOMPRESSIBLE) and scatters
+ * (WR_CORRUPT) since the last call ended. CPU: WR_OK. */
 WR_API int32_t wr_finish(wr_context *context, void *stream);
 
 /* CUDA: measure the page size from which the copy engines beat the kernel, in each direction, and use it from then on
