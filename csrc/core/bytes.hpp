@@ -64,7 +64,18 @@ static inline Bytes load_codes(const uint8_t *at) {
     return _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(0x0F));
 }
 
+static inline Bytes count_equal(Bytes counts, Bytes v, uint8_t value) {
+    return _mm512_mask_sub_epi8(counts, equal_to(v, value), counts, _mm512_set1_epi8(-1));
+}
+static inline uint64_t sum_bytes(Bytes v) {
+    return uint64_t(_mm512_reduce_add_epi64(_mm512_sad_epu8(v, _mm512_setzero_si512())));
+}
+static inline uint64_t above(Bytes v, uint8_t value) {
+    return _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8(char(value)));
+}
+
 constexpr int32_t SPLIT = 32; // elements at a time
+constexpr int32_t AT_ONCE = 16; // exponents counted in one pass
 
 static inline void split_some(const uint8_t *row, uint8_t *exponents, uint8_t *low) {
     const __m512i x = _mm512_loadu_si512(row);
@@ -115,7 +126,21 @@ static inline Bytes load_codes(const uint8_t *at) {
     return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(0x0F));
 }
 
+static inline Bytes count_equal(Bytes counts, Bytes v, uint8_t value) {
+    return _mm256_sub_epi8(counts, _mm256_cmpeq_epi8(v, _mm256_set1_epi8(char(value))));
+}
+static inline uint64_t sum_bytes(Bytes v) {
+    const __m256i four = _mm256_sad_epu8(v, _mm256_setzero_si256());
+    const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    return uint64_t(_mm_cvtsi128_si64(two)) + uint64_t(_mm_extract_epi64(two, 1));
+}
+static inline uint64_t above(Bytes v, uint8_t value) {
+    const __m256i least = _mm256_set1_epi8(char(value + 1));
+    return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, least), v)));
+}
+
 constexpr int32_t SPLIT = 16;
+constexpr int32_t AT_ONCE = 8;
 
 static inline void split_some(const uint8_t *row, uint8_t *exponents, uint8_t *low) {
     const __m256i x = load_wide(row);
@@ -195,6 +220,65 @@ static inline uint8_t *append_escapes(uint64_t escaped, const uint8_t *exponents
     return escapes;
 }
 
+constexpr int32_t WINDOW = 16;         // exponents that are counted by vectors
+constexpr int32_t COUNTED = 128 * WIDE; // exponents before a byte's count could overflow
+
+static inline void count_few(const uint8_t *exponents, int32_t count, uint16_t *counts) {
+    for (int32_t i = 0; i < count; ++i) {
+        ++counts[exponents[i]];
+    }
+}
+
+// Where most exponents are: about the mean of those that are not of zeros, most of the room below it.
+static inline int32_t find_window(const uint8_t *exponents, int32_t count) {
+    uint64_t sum = 0, others = 1;
+    for (int32_t i = 0; i + WIDE <= count; i += 4 * WIDE) {
+        const Bytes v = load_wide(exponents + i);
+        sum += sum_bytes(v);
+        others += uint64_t(WIDE - __builtin_popcountll(equal_to(v, 0)));
+    }
+    const int32_t first = int32_t(sum / others) - WINDOW * 5 / 8;
+    return first < 0 ? 0 : first > 256 - WINDOW ? 256 - WINDOW : first;
+}
+
+static inline void count_window(const uint8_t *exponents, int32_t count, int32_t first, uint16_t *counts) {
+    Bytes found[AT_ONCE];
+#pragma GCC unroll 16
+    for (int32_t j = 0; j < AT_ONCE; ++j) {
+        found[j] = no_bytes();
+    }
+    for (int32_t i = 0; i < count; i += WIDE) {
+        const Bytes v = minus_byte(load_wide(exponents + i), uint8_t(first));
+#pragma GCC unroll 16
+        for (int32_t j = 0; j < AT_ONCE; ++j) {
+            found[j] = count_equal(found[j], v, uint8_t(j));
+        }
+    }
+#pragma GCC unroll 16
+    for (int32_t j = 0; j < AT_ONCE; ++j) {
+        counts[first + j] = uint16_t(counts[first + j] + sum_bytes(found[j]));
+    }
+}
+
+// How often each exponent occurs: those of a window by vectors, which is nearly all, and the others one by one.
+static inline void count_exponents(const uint8_t *exponents, int32_t count, uint16_t *counts) {
+    memset(counts, 0, 512);
+    const int32_t first = find_window(exponents, count), whole = count - count % WIDE;
+    for (int32_t from = 0; from < whole; from += COUNTED) {
+        const int32_t now = whole - from < COUNTED ? whole - from : COUNTED;
+        for (int32_t at = 0; at < WINDOW; at += AT_ONCE) {
+            count_window(exponents + from, now, first + at, counts);
+        }
+    }
+    for (int32_t i = 0; i < whole; i += WIDE) {
+        uint64_t outside = above(minus_byte(load_wide(exponents + i), uint8_t(first)), WINDOW - 1);
+        for (; outside != 0; outside &= outside - 1) {
+            ++counts[exponents[i + __builtin_ctzll(outside)]];
+        }
+    }
+    count_few(exponents + whole, count - whole, counts);
+}
+
 // Writes the codes of `count` exponents and the escaped ones, for which there is room. `exponents` has SLACK.
 static inline void encode_exponents(uint8_t *exponents, int32_t count, const uint8_t *table, const uint16_t *counts,
                                     uint8_t *codes, uint8_t *escapes) {
@@ -241,6 +325,19 @@ static inline bool decode_exponents(const uint8_t *codes, int32_t count, const u
 }
 
 #else
+
+// Four tables, so that equal neighbours do not wait for each other.
+static inline void count_exponents(const uint8_t *exponents, int32_t count, uint16_t *counts) {
+    uint16_t parts[4][256];
+    memset(parts, 0, sizeof(parts));
+    for (int32_t i = 0; i < count; ++i) {
+        ++parts[i & 3][exponents[i]];
+    }
+    for (int32_t exponent = 0; exponent < 256; ++exponent) {
+        counts[exponent] =
+            uint16_t(parts[0][exponent] + parts[1][exponent] + parts[2][exponent] + parts[3][exponent]);
+    }
+}
 
 static inline void encode_exponents(uint8_t *exponents, int32_t count, const uint8_t *table, const uint16_t *,
                                     uint8_t *codes, uint8_t *escapes) {

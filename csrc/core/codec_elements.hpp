@@ -62,28 +62,53 @@ WR_HD uint16_t join_bf16(uint8_t exponent, uint8_t low) {
     return uint16_t((low & 0x80) << 8 | exponent << 7 | (low & 0x7F));
 }
 
+WR_HD int32_t lowest_bit(uint64_t word) {
+#if defined(__CUDA_ARCH__)
+    return __ffsll(static_cast<long long>(word)) - 1;
+#else
+    return __builtin_ctzll(word);
+#endif
+}
+
+// Ranks the exponents that occur by count, the lower first where counts are equal; returns how many, at most 15.
+WR_HD int32_t rank_exponents(const uint16_t *counts, int32_t *ranked) {
+    int32_t held = 0;
+    for (int32_t four = 0; four < 256; four += 4) {
+        uint64_t any;
+        memcpy(&any, counts + four, 8);
+        for (int32_t exponent = four; any != 0 && exponent < four + 4; ++exponent) {
+            const uint32_t count = counts[exponent];
+            if (count == 0 || (held == TABLE_ENTRIES && count <= counts[ranked[held - 1]])) {
+                continue;
+            }
+            int32_t at = held < TABLE_ENTRIES ? held++ : TABLE_ENTRIES - 1;
+            for (; at > 0 && counts[ranked[at - 1]] < count; --at) {
+                ranked[at] = ranked[at - 1];
+            }
+            ranked[at] = exponent;
+        }
+    }
+    return held;
+}
+
 // The 16 bytes of a tile's table, from how often each of the 256 exponents occurs.
 WR_HD void choose_exponents(const uint16_t *counts, uint8_t *table) {
-    int32_t chosen[TABLE_ENTRIES], held = 0; // by rank: count, then lower exponent
-    for (int32_t exponent = 0; exponent < 256; ++exponent) {
-        const uint32_t count = counts[exponent];
-        if (held == TABLE_ENTRIES && count <= counts[chosen[TABLE_ENTRIES - 1]]) {
-            continue;
-        }
-        int32_t at = held < TABLE_ENTRIES ? held++ : TABLE_ENTRIES - 1;
-        for (; at > 0 && counts[chosen[at - 1]] < count; --at) {
-            chosen[at] = chosen[at - 1];
-        }
-        chosen[at] = exponent;
-    }
+    int32_t ranked[TABLE_ENTRIES];
+    int32_t held = rank_exponents(counts, ranked);
     uint64_t wanted[4] = {0, 0, 0, 0};
-    for (int32_t i = 0; i < TABLE_ENTRIES; ++i) {
-        wanted[chosen[i] >> 6] |= uint64_t(1) << (chosen[i] & 63);
+    for (int32_t i = 0; i < held; ++i) {
+        wanted[ranked[i] >> 6] |= uint64_t(1) << (ranked[i] & 63);
+    }
+    for (int32_t exponent = 0; held < TABLE_ENTRIES; ++exponent) {
+        if (counts[exponent] == 0) {
+            wanted[0] |= uint64_t(1) << exponent; // below 30: fewer than 15 exponents occur
+            ++held;
+        }
     }
     int32_t filled = 0;
-    for (int32_t exponent = 0; filled < TABLE_ENTRIES; ++exponent) {
-        if (wanted[exponent >> 6] >> (exponent & 63) & 1) {
-            table[filled++] = uint8_t(exponent);
+    for (int32_t word = 0; word < 4; ++word) {
+        for (; wanted[word] != 0; wanted[word] &= wanted[word] - 1) {
+            table[filled++] = uint8_t(64 * word + lowest_bit(wanted[word]));
         }
     }
     table[TABLE_ENTRIES] = 0;

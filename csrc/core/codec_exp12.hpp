@@ -9,27 +9,6 @@
 
 namespace wr {
 
-// How often each exponent occurs. Four tables, so that equal neighbours do not wait for each other.
-static inline void count_exponents(const uint8_t *exponents, int32_t count, uint16_t *counts) {
-    uint16_t parts[4][256];
-    memset(parts, 0, sizeof(parts));
-    int32_t i = 0;
-    for (; i + 8 <= count; i += 8) {
-        uint64_t eight;
-        memcpy(&eight, exponents + i, 8);
-        for (int32_t j = 0; j < 8; ++j) {
-            ++parts[j & 3][eight >> (8 * j) & 0xFF];
-        }
-    }
-    for (; i < count; ++i) {
-        ++parts[0][exponents[i]];
-    }
-    for (int32_t exponent = 0; exponent < 256; ++exponent) {
-        counts[exponent] =
-            uint16_t(parts[0][exponent] + parts[1][exponent] + parts[2][exponent] + parts[3][exponent]);
-    }
-}
-
 // Encodes one tile: `tokens` rows of `width` elements. False if it has more escapes than there is room for.
 static inline bool encode_tile(const uint8_t *rows, int64_t token_stride, int32_t tokens, int32_t width, uint8_t *out) {
     const TilePlanes planes = tile_planes(tokens * width);

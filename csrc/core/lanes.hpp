@@ -59,6 +59,26 @@ static inline void store_f16(void *at, Floats v) {
 }
 static inline uint32_t largest_word(Words v) { return uint32_t(_mm512_reduce_max_epi32(v)); }
 
+// 32 elements of 16 bits, compared as signed numbers.
+static inline Words halves(uint16_t value) { return _mm512_set1_epi16(int16_t(value)); }
+static inline Words max_halves(Words a, Words b) { return _mm512_max_epi16(a, b); }
+static inline Words min_halves(Words a, Words b) { return _mm512_min_epi16(a, b); }
+static inline Words where_greater(Words a, Words b, Words yes, Words no) {
+    return _mm512_mask_mov_epi16(no, _mm512_cmpgt_epi16_mask(a, b), yes);
+}
+static inline Words shift_halves_right_8(Words v) { return _mm512_srli_epi16(v, 8); }
+static inline Words merge_halves(Words even, Words odd) {
+    return _mm512_mask_mov_epi16(even, 0xAAAAAAAAu, _mm512_slli_epi32(odd, 16));
+}
+static inline void store_low_bytes(void *at, Words v) {
+    _mm256_storeu_si256(static_cast<__m256i *>(at), _mm512_cvtepi16_epi8(v));
+}
+static inline uint16_t largest_half(Words v) {
+    const __m256i some = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(some), _mm256_extracti128_si256(some, 1));
+    return uint16_t(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)))));
+}
+
 // 256 times smaller than the e4m3 values of 16 codes: e4m3 is an f16 with a shorter mantissa and another bias.
 static inline Floats load_e4m3(const void *at) {
     const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i *>(at)));
@@ -132,6 +152,27 @@ static inline uint32_t largest_word(Words v) {
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
     return uint32_t(_mm_cvtsi128_si32(four));
+}
+
+// 16 elements of 16 bits, compared as signed numbers.
+static inline Words halves(uint16_t value) { return _mm256_set1_epi16(int16_t(value)); }
+static inline Words max_halves(Words a, Words b) { return _mm256_max_epi16(a, b); }
+static inline Words min_halves(Words a, Words b) { return _mm256_min_epi16(a, b); }
+static inline Words where_greater(Words a, Words b, Words yes, Words no) {
+    return _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi16(a, b));
+}
+static inline Words shift_halves_right_8(Words v) { return _mm256_srli_epi16(v, 8); }
+static inline Words merge_halves(Words even, Words odd) {
+    return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
+}
+static inline void store_low_bytes(void *at, Words v) {
+    const __m256i in_lanes = _mm256_packus_epi16(v, v);
+    _mm_storeu_si128(static_cast<__m128i *>(at),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(in_lanes, 0x08)));
+}
+static inline uint16_t largest_half(Words v) {
+    const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return uint16_t(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)))));
 }
 
 // 256 times smaller than the e4m3 values of 8 codes: e4m3 is an f16 with a shorter mantissa and another bias.

@@ -76,6 +76,36 @@ static inline Floats vfrom_int8(const uint8_t *at) {
     return as_floats(select(greater(words(uint32_t(-127)), codes), words(F32_NAN), as_words(to_floats(codes))));
 }
 
+// The largest finite magnitude of 16-bit elements, whose bits compare as they do; the vectors that were done move `i`.
+template <int32_t dtype> static inline uint32_t largest_half_magnitude(const uint8_t *row, int32_t count, int32_t &i) {
+    const Words infinity = halves(dtype == WR_BF16 ? 0x7F80 : 0x7C00);
+    Words most = words(0);
+    for (; i + 2 * WR_LANES <= count; i += 2 * WR_LANES) {
+        const Words magnitude = vand(load_words(row + 2 * i), halves(0x7FFF));
+        most = max_halves(most, where_greater(infinity, magnitude, magnitude, words(0)));
+    }
+    const uint16_t largest = largest_half(most);
+    return float_bits(dtype == WR_BF16 ? widen_bf16(largest) : widen_f16(largest));
+}
+
+// Codes without their sign, in the low half of each word, from non-negative values.
+static inline Words vmagnitude_code(Floats value) {
+    const Words bits = as_words(value), odd = vand(shift_right<20>(bits), words(1));
+    const Words normal = shift_right<20>(vadd(vadd(bits, odd), words(0x7FFFFu - (960u << 20))));
+    const Words denormal = as_words(vadd(value, floats(16384.0f)));
+    return select(greater(words(0x3C800000u), bits), denormal, normal);
+}
+
+// Twice as many elements as a vector of binary32 has: even and odd ones apart, so that nothing needs to be moved.
+static inline void encode_fp8_bf16(const uint8_t *row, Floats inverse, uint8_t *codes) {
+    const Words bits = load_words(row), magnitude = vand(bits, halves(0x7FFF));
+    const Words even = vmagnitude_code(vmul(as_floats(shift_left<16>(magnitude)), inverse));
+    const Words odd = vmagnitude_code(vmul(as_floats(vand(magnitude, words(0xFFFF0000u))), inverse));
+    const Words limited = min_halves(merge_halves(even, odd), halves(0x7E));
+    const Words code = vor(limited, vand(shift_halves_right_8(bits), halves(0x80)));
+    store_low_bytes(codes, where_greater(magnitude, halves(0x7F80), halves(0x7F), code));
+}
+
 #define WR_VECTORS(i, count) for (; i + WR_LANES <= (count); i += WR_LANES)
 
 #endif
@@ -85,9 +115,13 @@ template <int32_t dtype> static inline uint32_t largest_magnitude(const uint8_t 
     int32_t i = 0;
     uint32_t largest = 0;
 #if defined(WR_LANES)
-    Words most = words(0);
-    WR_VECTORS(i, count) { most = vmax(most, vfinite_magnitude(load_row<dtype>(row + i * size))); }
-    largest = largest_word(most);
+    if constexpr (dtype == WR_F32) {
+        Words most = words(0);
+        WR_VECTORS(i, count) { most = vmax(most, vfinite_magnitude(load_row<dtype>(row + i * size))); }
+        largest = largest_word(most);
+    } else {
+        largest = largest_half_magnitude<dtype>(row, count, i);
+    }
 #endif
     for (; i < count; ++i) {
         const uint32_t magnitude = finite_magnitude(load_element(dtype, row + i * size));
@@ -116,6 +150,11 @@ static inline void encode_fp8_row(const uint8_t *row, int32_t count, float inver
     constexpr int32_t size = Element<dtype>::bytes;
     int32_t i = 0;
 #if defined(WR_LANES)
+    if constexpr (dtype == WR_BF16) {
+        for (; i + 2 * WR_LANES <= count; i += 2 * WR_LANES) {
+            encode_fp8_bf16(row + 2 * i, floats(inverse), codes + i);
+        }
+    }
     WR_VECTORS(i, count) { store_bytes(codes + i, vto_e4m3(vmul(load_row<dtype>(row + i * size), floats(inverse)))); }
 #endif
     for (; i < count; ++i) {
