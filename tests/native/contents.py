@@ -1,8 +1,12 @@
 """KV content of many kinds, as element bits: ordinary, outlying, tiny, huge, special, and plain random."""
 
+import itertools
+from functools import lru_cache
+
 import numpy as np
 
 from tests.native import numerics, oracle
+from tests.native.cases import noise
 from tests.native.layouts import BF16, F16, F32, F64, View
 from tests.native.numerics import Array
 
@@ -57,15 +61,18 @@ def specials(rng: np.random.Generator, shape: tuple[int, ...], dtype: int) -> Ar
     return (found | np.where(rng.random(shape) < 0.5, np.uint64(sign), np.uint64(0))).astype(kind)
 
 
-def fill(cache: oracle.Bytes, view: View, seed: int, style: str) -> None:
-    """Give every unit of the view content of a style; whatever is not K or V stays."""
-    rng = np.random.default_rng(seed)
+@lru_cache(256)  # the same cases run on every backend
+def _image(view: View, seed: int, style: str) -> bytes:
+    cache, rng = noise(seed, view.size), np.random.default_rng(seed)
     k, v = numerics.halves(view)
-    for layer in range(len(view.layers)):
-        for block in range(view.blocks):
-            for head in range(view.heads):
-                unit = layer, block, head
-                for name, half in (("k", k), ("v", v)):
-                    if half.width:
-                        made = bits(rng, half.tokens, half.width, view.dtype, style)
-                        oracle.write_half(cache, view, unit, name, made)
+    for unit in itertools.product(range(len(view.layers)), range(view.blocks), range(view.heads)):
+        for name, half in (("k", k), ("v", v)):
+            if half.width:
+                made = bits(rng, half.tokens, half.width, view.dtype, style)
+                oracle.write_half(cache, view, unit, name, made)
+    return cache.tobytes()
+
+
+def image(view: View, seed: int, style: str) -> oracle.Bytes:
+    """A cache whose every unit has content of a style, and whatever is not K or V is noise."""
+    return np.frombuffer(_image(view, seed, style), np.uint8).copy()

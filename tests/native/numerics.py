@@ -261,15 +261,17 @@ def _cut(half: Half, bits: Array) -> Iterator[Array]:
 def _encode_tile(bits: Array) -> bytes:
     exponents = (bits >> 7 & 0xFF).astype(np.uint8)
     low = (bits >> 8 & 0x80 | bits & 0x7F).astype(np.uint8)
-    counts = [int(np.count_nonzero(exponents == each)) for each in range(256)]
+    counts = np.bincount(exponents, minlength=256).tolist()
     table = sorted(sorted(range(256), key=lambda each: (-counts[each], each))[:15])
-    codes = [table.index(each) if each in table else 15 for each in exponents.tolist()]
-    escaped = bytes(each for each in exponents.tolist() if each not in table)
+    code_of = np.full(256, 15, np.uint8)
+    code_of[table] = np.arange(15)
+    codes = code_of[exponents]
+    escaped = exponents[codes == 15].tobytes()
     room = escape_room(bits.size)
     if len(escaped) > room:
         raise Incompressible
-    padded = [*codes, 0] if len(codes) % 2 else codes
-    pairs = bytes(low_code | high_code << 4 for low_code, high_code in zip(padded[::2], padded[1::2], strict=True))
+    padded = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
+    pairs = padded[::2] | padded[1::2] << 4
     return bytes([*table, 0]) + escaped.ljust(room, b"\0") + _plane(pairs) + _plane(low)
 
 
@@ -292,11 +294,13 @@ def _decode_tile(tile: bytes, n: int) -> Array:
     if table[15] or any(after <= before for before, after in pairwise(table[:15])):
         raise Refused("the table")
     at = 16 + room
-    codes = [tile[at + m // 2] >> 4 * (m % 2) & 15 for m in range(n)]
-    if codes.count(15) > room:
+    pairs = np.frombuffer(tile, np.uint8, -(-n // 2), at)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[:n]
+    escapes = np.flatnonzero(codes == 15)
+    if len(escapes) > room:
         raise Refused("more escapes than there is room for")
-    escapes = iter(tile[16 : 16 + room])
-    exponents = np.array([next(escapes) if code == 15 else table[code] for code in codes], np.uint16)
+    exponents = np.frombuffer(table, np.uint8)[codes].astype(np.uint16)
+    exponents[escapes] = np.frombuffer(tile, np.uint8, len(escapes), 16)
     low = np.frombuffer(tile, np.uint8, n, at + pad16(-(-n // 2))).astype(np.uint16)
     return (low & 0x80) << 8 | exponents << 7 | low & 0x7F
 

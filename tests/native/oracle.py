@@ -6,6 +6,7 @@ Memory is a NumPy array of ``uint8``; a ``layouts.View`` says where in it things
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,19 +124,31 @@ def write_half(cache: Bytes, view: View, unit: tuple[int, int, int], name: str, 
     cache[_element_places(view, unit, offset, nbytes)] = raw
 
 
+@lru_cache(1 << 14)  # the same cases run on every backend
+def _encoded(view: View, encoding: int, k: bytes, v: bytes) -> bytes:
+    kind = numerics.BITS[view.dtype]
+    rows = (np.frombuffer(half, kind).reshape(view.tokens, -1) for half in (k, v))
+    return numerics.encode(view, encoding, *rows)
+
+
+@lru_cache(1 << 14)
+def _decoded(view: View, encoding: int, unit: bytes) -> tuple[numerics.Array, numerics.Array]:
+    return numerics.decode(view, encoding, unit)
+
+
 def gather_encoded(cache: Bytes, view: View, part: Range, span: Span, packed: Bytes, *, encoding: int) -> None:
     """Cache to encoded packed form; ``numerics.Incompressible`` where a unit is that."""
     size = numerics.unit_bytes(view, encoding)
     for unit, there in unit_places(view, part, span, size):
-        k, v = (read_half(cache, view, unit, name) for name in "kv")
-        packed[there : there + size] = np.frombuffer(numerics.encode(view, encoding, k, v), np.uint8)
+        k, v = (read_half(cache, view, unit, name).tobytes() for name in "kv")
+        packed[there : there + size] = np.frombuffer(_encoded(view, encoding, k, v), np.uint8)
 
 
 def scatter_encoded(cache: Bytes, view: View, part: Range, span: Span, packed: Bytes, *, encoding: int) -> None:
     """Encoded packed form to cache; ``numerics.Refused`` where a unit is not what an encoder writes."""
     size = numerics.unit_bytes(view, encoding)
     for unit, there in unit_places(view, part, span, size):
-        k, v = numerics.decode(view, encoding, packed[there : there + size].tobytes())
+        k, v = _decoded(view, encoding, packed[there : there + size].tobytes())
         write_half(cache, view, unit, "k", k)
         write_half(cache, view, unit, "v", v)
 
