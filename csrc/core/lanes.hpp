@@ -34,6 +34,9 @@ template <int bits> static inline Words shift_right(Words v) { return _mm512_srl
 static inline Mask greater(Words a, Words b) { return _mm512_cmpgt_epi32_mask(a, b); }
 static inline Words select(Mask mask, Words yes, Words no) { return _mm512_mask_mov_epi32(no, mask, yes); }
 
+static inline bool any_nan(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0; }
+static inline Floats swap_neighbours(Floats v) { return _mm512_permute_ps(v, 0xB1); }
+
 static inline Floats load_floats(const void *at) { return _mm512_loadu_ps(at); }
 static inline Words load_words(const void *at) { return _mm512_loadu_si512(at); }
 static inline void store_words(void *at, Words v) { _mm512_storeu_si512(at, v); }
@@ -72,6 +75,10 @@ static inline Words merge_halves(Words even, Words odd) {
 }
 static inline void store_low_bytes(void *at, Words v) {
     _mm256_storeu_si256(static_cast<__m256i *>(at), _mm512_cvtepi16_epi8(v));
+}
+// Words below 2^16, those of `low` first.
+static inline Words pack_halves(Words low, Words high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
 }
 static inline uint16_t largest_half(Words v) {
     const __m256i some = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
@@ -118,6 +125,9 @@ template <int bits> static inline Words shift_left(Words v) { return _mm256_slli
 template <int bits> static inline Words shift_right(Words v) { return _mm256_srli_epi32(v, bits); }
 static inline Mask greater(Words a, Words b) { return _mm256_cmpgt_epi32(a, b); }
 static inline Words select(Mask mask, Words yes, Words no) { return _mm256_blendv_epi8(no, yes, mask); }
+
+static inline bool any_nan(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
+static inline Floats swap_neighbours(Floats v) { return _mm256_permute_ps(v, 0xB1); }
 
 static inline Floats load_floats(const void *at) { return _mm256_loadu_ps(static_cast<const float *>(at)); }
 static inline Words load_words(const void *at) { return _mm256_loadu_si256(static_cast<const __m256i *>(at)); }
@@ -169,6 +179,10 @@ static inline void store_low_bytes(void *at, Words v) {
     const __m256i in_lanes = _mm256_packus_epi16(v, v);
     _mm_storeu_si128(static_cast<__m128i *>(at),
                      _mm256_castsi256_si128(_mm256_permute4x64_epi64(in_lanes, 0x08)));
+}
+// Words below 2^16, those of `low` first.
+static inline Words pack_halves(Words low, Words high) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
 }
 static inline uint16_t largest_half(Words v) {
     const __m128i eight = _mm_max_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -57,43 +57,122 @@ WR_HD void rotate_pair(int32_t dtype, const Rotation &rotation, int32_t pair, ui
 
 #if !defined(__CUDACC__)
 
+constexpr int32_t TURNS = 256; // pairs of one pass over the tokens, whose prepared factors are on the stack
+
 #if defined(WR_LANES)
 
-// Pairs (m, m + count); returns how many were rotated.
-template <int32_t dtype> static inline int32_t rotate_vectors(const Rotation &rotation, uint8_t *rotary) {
-    constexpr int32_t size = Element<dtype>::bytes;
-    int32_t pair = 0;
-    WR_VECTORS(pair, rotation.count) {
-        uint8_t *first = rotary + pair * size, *second = first + int64_t(rotation.count) * size;
-        const Floats x = load_row<dtype>(first), y = load_row<dtype>(second);
-        const Floats cosine = load_floats(rotation.cosines + pair), sine = load_floats(rotation.sines + pair);
-        store_row<dtype>(first, vcanonical(vsub(vmul(x, cosine), vmul(y, sine))));
-        store_row<dtype>(second, vcanonical(vadd(vmul(y, cosine), vmul(x, sine))));
+// Factors of neighbouring elements: (c, c) and (-s, s) for each pair, so that (x, y) becomes (x, y) * (c, c) +
+// (y, x) * (-s, s). Adding a negated product rounds as subtracting it does.
+struct Turns {
+    float cosines[2 * TURNS], sines[2 * TURNS];
+};
+
+static inline void spread(const Rotation &rotation, int32_t from, int32_t count, Turns &turns) {
+    for (int32_t i = 0; i < count; ++i) {
+        turns.cosines[2 * i] = turns.cosines[2 * i + 1] = rotation.cosines[from + i];
+        turns.sines[2 * i] = -rotation.sines[from + i];
+        turns.sines[2 * i + 1] = rotation.sines[from + i];
     }
-    return pair;
+}
+
+// How many of the pairs that are left are rotated by vectors, in one pass.
+static inline int32_t turns_at_once(int32_t left) { return 2 * left < WR_LANES ? 0 : left < TURNS ? left : TURNS; }
+
+static inline Floats turned_neighbours(Floats v, const float *cosines, const float *sines) {
+    const Floats turned = vadd(vmul(v, load_floats(cosines)), vmul(swap_neighbours(v), load_floats(sines)));
+    return any_nan(turned, turned) ? vcanonical(turned) : turned;
+}
+
+template <int32_t dtype>
+static inline void turn_halves(Floats x, Floats y, const float *cosines, const float *sines, uint8_t *first,
+                               uint8_t *second) {
+    const Floats cosine = load_floats(cosines), sine = load_floats(sines);
+    Floats a = vsub(vmul(x, cosine), vmul(y, sine)), b = vadd(vmul(y, cosine), vmul(x, sine));
+    if (any_nan(a, b)) {
+        a = vcanonical(a);
+        b = vcanonical(b);
+    }
+    store_row<dtype>(first, a);
+    store_row<dtype>(second, b);
+}
+
+// The pairs of a token, a vector or more. The last vector ends with them; what it shares with the one before is read
+// before that is written.
+template <int32_t dtype> static inline void rotate_neighbours(const Turns &turns, int32_t count, uint8_t *row) {
+    constexpr int32_t size = Element<dtype>::bytes;
+    const int32_t end = 2 * count - WR_LANES;
+    const Floats last = load_row<dtype>(row + end * size);
+    for (int32_t i = 0; i < end; i += WR_LANES) {
+        const Floats v = load_row<dtype>(row + i * size);
+        store_row<dtype>(row + i * size, turned_neighbours(v, turns.cosines + i, turns.sines + i));
+    }
+    store_row<dtype>(row + end * size, turned_neighbours(last, turns.cosines + end, turns.sines + end));
+}
+
+template <int32_t dtype> static inline void rotate_halves(const Rotation &rotation, uint8_t *first) {
+    constexpr int32_t size = Element<dtype>::bytes;
+    const int32_t end = rotation.count - WR_LANES;
+    const float *cosines = rotation.cosines, *sines = rotation.sines;
+    uint8_t *second = first + int64_t(rotation.count) * size;
+    const Floats last_x = load_row<dtype>(first + end * size), last_y = load_row<dtype>(second + end * size);
+    for (int32_t i = 0; i < end; i += WR_LANES) {
+        const Floats x = load_row<dtype>(first + i * size), y = load_row<dtype>(second + i * size);
+        turn_halves<dtype>(x, y, cosines + i, sines + i, first + i * size, second + i * size);
+    }
+    turn_halves<dtype>(last_x, last_y, cosines + end, sines + end, first + end * size, second + end * size);
 }
 
 #endif
 
-template <int32_t dtype> static inline void rotate_row(const Rotation &rotation, uint8_t *rotary) {
-    int32_t pair = 0;
+template <int32_t dtype>
+static inline void rotate_interleaved(const UnitShape &shape, const Rotation &rotation, uint8_t *rotary,
+                                      int64_t token_stride) {
+    int32_t first = 0;
 #if defined(WR_LANES)
     if constexpr (dtype != WR_F64) {
-        if (!rotation.interleaved) {
-            pair = rotate_vectors<dtype>(rotation, rotary);
+        int32_t from = 0;
+        for (int32_t count; (count = turns_at_once(rotation.count - from)) != 0; from += count) {
+            Turns turns;
+            spread(rotation, from, count, turns);
+            for (int32_t token = 0; token < shape.tokens; ++token) {
+                rotate_neighbours<dtype>(turns, count, rotary + token * token_stride + 2 * from * Element<dtype>::bytes);
+            }
         }
+        first = from;
     }
 #endif
-    for (; pair < rotation.count; ++pair) {
-        rotate_pair(dtype, rotation, pair, rotary);
+    for (int32_t token = 0; token < shape.tokens; ++token) {
+        for (int32_t pair = first; pair < rotation.count; ++pair) {
+            rotate_pair(dtype, rotation, pair, rotary + token * token_stride);
+        }
+    }
+}
+
+template <int32_t dtype>
+static inline void rotate_neox(const UnitShape &shape, const Rotation &rotation, uint8_t *rotary, int64_t token_stride) {
+    for (int32_t token = 0; token < shape.tokens; ++token) {
+        uint8_t *row = rotary + token * token_stride;
+#if defined(WR_LANES)
+        if constexpr (dtype != WR_F64) {
+            if (rotation.count >= WR_LANES) {
+                rotate_halves<dtype>(rotation, row);
+                continue;
+            }
+        }
+#endif
+        for (int32_t pair = 0; pair < rotation.count; ++pair) {
+            rotate_pair(dtype, rotation, pair, row);
+        }
     }
 }
 
 template <int32_t dtype>
 static inline void rotate_rows(const UnitShape &shape, const Rotation &rotation, uint8_t *content, int64_t token_stride) {
     uint8_t *rotary = content + shape.k_offset + rotation.rotary_offset;
-    for (int32_t token = 0; token < shape.tokens; ++token) {
-        rotate_row<dtype>(rotation, rotary + token * token_stride);
+    if (rotation.interleaved) {
+        rotate_interleaved<dtype>(shape, rotation, rotary, token_stride);
+    } else {
+        rotate_neox<dtype>(shape, rotation, rotary, token_stride);
     }
 }
 

@@ -76,14 +76,29 @@ static inline Floats vfrom_int8(const uint8_t *at) {
     return as_floats(select(greater(words(uint32_t(-127)), codes), words(F32_NAN), as_words(to_floats(codes))));
 }
 
-// The largest finite magnitude of 16-bit elements, whose bits compare as they do; the vectors that were done move `i`.
-template <int32_t dtype> static inline uint32_t largest_half_magnitude(const uint8_t *row, int32_t count, int32_t &i) {
+// Calls body(i) for vectors of `lanes` elements, of which there are at least that many. The last vector ends with the
+// row and may do elements of the one before it again: rows that are read must not be those that are written.
+template <int32_t lanes, typename Body> static inline void each_vector(int32_t count, Body body) {
+    for (int32_t i = 0; i < count - lanes; i += lanes) {
+        body(i);
+    }
+    body(count - lanes);
+}
+
+static inline uint32_t vlargest_magnitude_f32(const uint8_t *row, int32_t count) {
+    Words most = words(0);
+    each_vector<WR_LANES>(count, [&](int32_t i) { most = vmax(most, vfinite_magnitude(load_floats(row + 4 * i))); });
+    return largest_word(most);
+}
+
+// Of 16-bit elements, whose bits compare as their magnitudes do.
+template <int32_t dtype> static inline uint32_t vlargest_magnitude_half(const uint8_t *row, int32_t count) {
     const Words infinity = halves(dtype == WR_BF16 ? 0x7F80 : 0x7C00);
     Words most = words(0);
-    for (; i + 2 * WR_LANES <= count; i += 2 * WR_LANES) {
+    each_vector<2 * WR_LANES>(count, [&](int32_t i) {
         const Words magnitude = vand(load_words(row + 2 * i), halves(0x7FFF));
         most = max_halves(most, where_greater(infinity, magnitude, magnitude, words(0)));
-    }
+    });
     const uint16_t largest = largest_half(most);
     return float_bits(dtype == WR_BF16 ? widen_bf16(largest) : widen_f16(largest));
 }
@@ -92,8 +107,16 @@ template <int32_t dtype> static inline uint32_t largest_half_magnitude(const uin
 static inline Words vmagnitude_code(Floats value) {
     const Words bits = as_words(value), odd = vand(shift_right<20>(bits), words(1));
     const Words normal = shift_right<20>(vadd(vadd(bits, odd), words(0x7FFFFu - (960u << 20))));
-    const Words denormal = as_words(vadd(value, floats(16384.0f)));
+    const Words denormal = vsub(as_words(vadd(value, floats(16384.0f))), words(0x46800000u));
     return select(greater(words(0x3C800000u), bits), denormal, normal);
+}
+
+// Codes of 16-bit elements from those of their magnitudes.
+template <int32_t dtype> static inline void store_e4m3(uint8_t *codes, Words bits, Words magnitude, Words unsigned_code) {
+    const Words infinity = halves(dtype == WR_BF16 ? 0x7F80 : 0x7C00);
+    const Words limited = min_halves(unsigned_code, halves(0x7E));
+    const Words code = vor(limited, vand(shift_halves_right_8(bits), halves(0x80)));
+    store_low_bytes(codes, where_greater(magnitude, infinity, halves(0x7F), code));
 }
 
 // Twice as many elements as a vector of binary32 has: even and odd ones apart, so that nothing needs to be moved.
@@ -101,30 +124,35 @@ static inline void encode_fp8_bf16(const uint8_t *row, Floats inverse, uint8_t *
     const Words bits = load_words(row), magnitude = vand(bits, halves(0x7FFF));
     const Words even = vmagnitude_code(vmul(as_floats(shift_left<16>(magnitude)), inverse));
     const Words odd = vmagnitude_code(vmul(as_floats(vand(magnitude, words(0xFFFF0000u))), inverse));
-    const Words limited = min_halves(merge_halves(even, odd), halves(0x7E));
-    const Words code = vor(limited, vand(shift_halves_right_8(bits), halves(0x80)));
-    store_low_bytes(codes, where_greater(magnitude, halves(0x7F80), halves(0x7F), code));
+    store_e4m3<WR_BF16>(codes, bits, magnitude, merge_halves(even, odd));
 }
 
-#define WR_VECTORS(i, count) for (; i + WR_LANES <= (count); i += WR_LANES)
+static inline Words vmagnitude_code_f16(const uint8_t *row, Floats inverse) {
+    const Words magnitude = vand(as_words(load_f16(row)), words(F32_MAGNITUDE));
+    return vmagnitude_code(vmul(as_floats(magnitude), inverse));
+}
+
+static inline void encode_fp8_f16(const uint8_t *row, Floats inverse, uint8_t *codes) {
+    const Words bits = load_words(row), magnitude = vand(bits, halves(0x7FFF));
+    const Words low = vmagnitude_code_f16(row, inverse), high = vmagnitude_code_f16(row + 2 * WR_LANES, inverse);
+    store_e4m3<WR_F16>(codes, bits, magnitude, pack_halves(low, high));
+}
 
 #endif
 
 template <int32_t dtype> static inline uint32_t largest_magnitude(const uint8_t *row, int32_t count) {
-    constexpr int32_t size = Element<dtype>::bytes;
-    int32_t i = 0;
-    uint32_t largest = 0;
 #if defined(WR_LANES)
     if constexpr (dtype == WR_F32) {
-        Words most = words(0);
-        WR_VECTORS(i, count) { most = vmax(most, vfinite_magnitude(load_row<dtype>(row + i * size))); }
-        largest = largest_word(most);
-    } else {
-        largest = largest_half_magnitude<dtype>(row, count, i);
+        if (count >= WR_LANES) {
+            return vlargest_magnitude_f32(row, count);
+        }
+    } else if (count >= 2 * WR_LANES) {
+        return vlargest_magnitude_half<dtype>(row, count);
     }
 #endif
-    for (; i < count; ++i) {
-        const uint32_t magnitude = finite_magnitude(load_element(dtype, row + i * size));
+    uint32_t largest = 0;
+    for (int32_t i = 0; i < count; ++i) {
+        const uint32_t magnitude = finite_magnitude(load_element(dtype, row + i * Element<dtype>::bytes));
         largest = magnitude > largest ? magnitude : largest;
     }
     return largest;
@@ -133,13 +161,15 @@ template <int32_t dtype> static inline uint32_t largest_magnitude(const uint8_t 
 // largest[i] becomes the larger of itself and the magnitude of element i.
 template <int32_t dtype> static inline void raise_magnitudes(const uint8_t *row, int32_t count, uint32_t *largest) {
     constexpr int32_t size = Element<dtype>::bytes;
-    int32_t i = 0;
 #if defined(WR_LANES)
-    WR_VECTORS(i, count) {
-        store_words(largest + i, vmax(load_words(largest + i), vfinite_magnitude(load_row<dtype>(row + i * size))));
+    if (count >= WR_LANES) {
+        return each_vector<WR_LANES>(count, [=](int32_t i) {
+            const Words magnitudes = vfinite_magnitude(load_row<dtype>(row + i * size));
+            store_words(largest + i, vmax(load_words(largest + i), magnitudes));
+        });
     }
 #endif
-    for (; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
         const uint32_t magnitude = finite_magnitude(load_element(dtype, row + i * size));
         largest[i] = magnitude > largest[i] ? magnitude : largest[i];
     }
@@ -148,16 +178,21 @@ template <int32_t dtype> static inline void raise_magnitudes(const uint8_t *row,
 template <int32_t dtype>
 static inline void encode_fp8_row(const uint8_t *row, int32_t count, float inverse, uint8_t *codes) {
     constexpr int32_t size = Element<dtype>::bytes;
-    int32_t i = 0;
 #if defined(WR_LANES)
-    if constexpr (dtype == WR_BF16) {
-        for (; i + 2 * WR_LANES <= count; i += 2 * WR_LANES) {
-            encode_fp8_bf16(row + 2 * i, floats(inverse), codes + i);
+    const Floats inverses = floats(inverse);
+    if constexpr (dtype != WR_F32) {
+        if (count >= 2 * WR_LANES) {
+            constexpr auto encode = dtype == WR_BF16 ? encode_fp8_bf16 : encode_fp8_f16;
+            return each_vector<2 * WR_LANES>(count, [=](int32_t i) { encode(row + 2 * i, inverses, codes + i); });
         }
     }
-    WR_VECTORS(i, count) { store_bytes(codes + i, vto_e4m3(vmul(load_row<dtype>(row + i * size), floats(inverse)))); }
+    if (count >= WR_LANES) {
+        return each_vector<WR_LANES>(count, [=](int32_t i) {
+            store_bytes(codes + i, vto_e4m3(vmul(load_row<dtype>(row + i * size), inverses)));
+        });
+    }
 #endif
-    for (; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
         codes[i] = to_e4m3(multiply(load_element(dtype, row + i * size), inverse));
     }
 }
@@ -165,28 +200,33 @@ static inline void encode_fp8_row(const uint8_t *row, int32_t count, float inver
 template <int32_t dtype>
 static inline void decode_fp8_row(const uint8_t *codes, int32_t count, float scale, uint8_t *row) {
     constexpr int32_t size = Element<dtype>::bytes;
-    int32_t i = 0;
 #if defined(WR_LANES)
-    const Floats larger = floats(scale * 256.0f); // exact, and so is the product with a value that is 256 times smaller
-    WR_VECTORS(i, count) { store_row<dtype>(row + i * size, vmul(load_e4m3(codes + i), larger)); }
+    if (count >= WR_LANES) {
+        const Floats larger = floats(scale * 256.0f); // exact: products with values 256 times smaller round alike
+        return each_vector<WR_LANES>(count, [=](int32_t i) {
+            store_row<dtype>(row + i * size, vmul(load_e4m3(codes + i), larger));
+        });
+    }
 #endif
-    for (; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
         store_element(dtype, row + i * size, multiply(from_e4m3(codes[i]), scale));
     }
 }
 
-// With `per_channel`, element i has its own scale scales[i]; else all have scales[0].
+// With `per_channel`, element i has its own factor inverses[i]; else all have inverses[0].
 template <int32_t dtype, bool per_channel>
 static inline void encode_int8_row(const uint8_t *row, int32_t count, const float *inverses, uint8_t *codes) {
     constexpr int32_t size = Element<dtype>::bytes;
-    int32_t i = 0;
 #if defined(WR_LANES)
-    WR_VECTORS(i, count) {
-        const Floats inverse = per_channel ? load_floats(inverses + i) : floats(*inverses);
-        store_bytes(codes + i, vto_int8(vmul(load_row<dtype>(row + i * size), inverse)));
+    if (count >= WR_LANES) {
+        const Floats common = floats(*inverses);
+        return each_vector<WR_LANES>(count, [=](int32_t i) {
+            const Floats inverse = per_channel ? load_floats(inverses + i) : common;
+            store_bytes(codes + i, vto_int8(vmul(load_row<dtype>(row + i * size), inverse)));
+        });
     }
 #endif
-    for (; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
         codes[i] = uint8_t(to_int8(multiply(load_element(dtype, row + i * size), inverses[per_channel ? i : 0])));
     }
 }
@@ -194,14 +234,16 @@ static inline void encode_int8_row(const uint8_t *row, int32_t count, const floa
 template <int32_t dtype, bool per_channel>
 static inline void decode_int8_row(const uint8_t *codes, int32_t count, const float *scales, uint8_t *row) {
     constexpr int32_t size = Element<dtype>::bytes;
-    int32_t i = 0;
 #if defined(WR_LANES)
-    WR_VECTORS(i, count) {
-        const Floats scale = per_channel ? load_floats(scales + i) : floats(*scales);
-        store_row<dtype>(row + i * size, vmul(vfrom_int8(codes + i), scale));
+    if (count >= WR_LANES) {
+        const Floats common = floats(*scales);
+        return each_vector<WR_LANES>(count, [=](int32_t i) {
+            const Floats scale = per_channel ? load_floats(scales + i) : common;
+            store_row<dtype>(row + i * size, vmul(vfrom_int8(codes + i), scale));
+        });
     }
 #endif
-    for (; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i) {
         store_element(dtype, row + i * size, multiply(from_int8(int8_t(codes[i])), scales[per_channel ? i : 0]));
     }
 }
