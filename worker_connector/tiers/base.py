@@ -149,6 +149,8 @@ class Source(Loan):
     def each(self, send: Callable[[memoryview], object], most: int = 1 << 20) -> None:
         """Give the object in order to ``send``, in views of at most ``most`` bytes, each lent for one call.
 
+        ``send`` ends in a bounded time, as a send with a time limit does; a write to a file may not (see ``copy``).
+
         Raises:
             LoanEnded: the operation was given up in between.
         """
@@ -158,6 +160,18 @@ class Source(Loan):
             for start in range(0, size, most):
                 with self.borrow() as views:
                     send(views[part][start : start + most])
+
+    def copy(self, at: int, room: memoryview) -> int:
+        """Copy the object's bytes from ``at`` on into ``room``, as many as fit; returns how many, 0 at its end.
+
+        Raises:
+            LoanEnded: the operation was given up; nothing was copied.
+        """
+        taken = 0
+        with self.borrow() as views:
+            while taken < room.nbytes and at + taken < self.size:
+                taken += _copy(_rest(views, at + taken), room[taken:])
+        return taken
 
 
 class Sink(Loan):

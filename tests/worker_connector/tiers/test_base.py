@@ -37,6 +37,15 @@ def test_a_source_gives_its_parts_in_order(parts: list[int], most: int) -> None:
     assert all(len(piece) <= most for piece in seen)
 
 
+@given(parts=sizes, most=st.integers(1, 60))
+def test_a_source_is_copied_piece_by_piece(parts: list[int], most: int) -> None:
+    source = Source(*(bytes([at]) * size for at, size in enumerate(parts)))
+    room, copied = bytearray(most), b""
+    while taken := source.copy(len(copied), memoryview(room)):
+        copied += room[:taken]
+    assert copied == source.join()
+
+
 def test_nothing_is_written_after_the_end_of_a_loan() -> None:
     room = bytearray(8)
     outer = Sink(room)
