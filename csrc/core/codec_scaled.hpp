@@ -6,6 +6,7 @@
 
 namespace wr {
 
+constexpr int32_t TOKENS = 8;     // whose scales are computed ahead, so that divisions overlap
 constexpr int32_t CHANNELS = 512; // of one pass over the tokens, whose scales are on the stack
 
 // The tokens of a half in the content, and its planes in the encoded unit.
@@ -16,11 +17,19 @@ struct ScaledHalf {
 
 template <int32_t dtype>
 static inline void encode_fp8(const ScaledHalf &half, const uint8_t *content, uint8_t *scales, uint8_t *codes) {
-    for (int32_t token = 0; token < half.tokens; ++token) {
-        const uint8_t *row = content + token * half.token_stride;
-        const float scale = scale_of(largest_magnitude<dtype>(row, half.width), FP8_PEAK);
-        memcpy(scales + 4 * int64_t(token), &scale, 4);
-        encode_fp8_row<dtype>(row, half.width, divide(1.0f, scale), codes + int64_t(token) * half.width);
+    for (int32_t from = 0; from < half.tokens; from += TOKENS) {
+        const int32_t until = half.tokens - from < TOKENS ? half.tokens : from + TOKENS;
+        float inverses[TOKENS];
+        for (int32_t token = from; token < until; ++token) {
+            const uint8_t *row = content + token * half.token_stride;
+            const float scale = scale_of(largest_magnitude<dtype>(row, half.width), FP8_PEAK);
+            memcpy(scales + 4 * int64_t(token), &scale, 4);
+            inverses[token - from] = divide(1.0f, scale);
+        }
+        for (int32_t token = from; token < until; ++token) {
+            encode_fp8_row<dtype>(content + token * half.token_stride, half.width, inverses[token - from],
+                                  codes + int64_t(token) * half.width);
+        }
     }
 }
 
