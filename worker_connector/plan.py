@@ -6,6 +6,7 @@ block ids; ranks turn it into byte copies of their own share.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 MAX_SAMPLES = 64
 """Most transfer measurements in one report."""
@@ -42,6 +43,50 @@ class SaveJob:
 
 
 @dataclass(slots=True)
+class Piece:
+    """One chunk on its way between a slot and a lower tier. ``missing`` are the blocks that the slot lacks at the front of
+    each KV-cache group, empty where it lacks none."""
+
+    chunk: bytes
+    slot: int
+    missing: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class TierJob:
+    """Chunks between slots and a lower tier: ``fetch`` fills slots, ``write`` reads them, ``drop`` deletes the tier's
+    copies, all of this engine's identity where it names none. ``deadline`` is in seconds from when the worker gets it."""
+
+    job: int
+    tier: str
+    kind: Literal["fetch", "write", "drop"]
+    pieces: list[Piece]
+    deadline: float
+
+
+@dataclass(slots=True)
+class TierResult:
+    """What became of a ``TierJob`` on so many ranks. ``failed`` tells why, by chunk, in one word; ``missing`` what fetched
+    chunks turned out to lack; ``nbytes`` and ``seconds`` are those of the slowest rank."""
+
+    ranks: int = 1
+    failed: dict[bytes, str] = field(default_factory=dict)
+    missing: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def merge(self, other: "TierResult") -> None:
+        """Add what became of the same job on other ranks."""
+        self.ranks += other.ranks
+        self.failed |= other.failed
+        for chunk, lacking in other.missing.items():
+            mine = self.missing.get(chunk, lacking)
+            self.missing[chunk] = tuple(map(max, mine, lacking))
+        self.nbytes = max(self.nbytes, other.nbytes)
+        self.seconds = max(self.seconds, other.seconds)
+
+
+@dataclass(slots=True)
 class StepPlan:
     """One engine step. ``settle``: saves that must have read their blocks before this step's forward, because the
     blocks have other owners from now on. ``idle``: no forward runs, so waiting for a load delays nobody. ``step``: a
@@ -52,6 +97,7 @@ class StepPlan:
     settle: list[int] = field(default_factory=list)
     idle: bool = False
     step: int = 0
+    tiers: list[TierJob] = field(default_factory=list)
 
 
 PLAIN = StepPlan()
@@ -70,7 +116,8 @@ class Sample:
 class WorkerReport:
     """What ranks did since their last report. ``saved`` counts ranks per job. ``failed_loads`` names the slots whose
     bytes could not be used: none when a load only came too late. ``damaged`` are those of them whose bytes were not the
-    ones that were saved."""
+    ones that were saved. ``tiers`` are results by job, ``lost`` the chunks that a lower tier of some rank gave up, by
+    tier."""
 
     saved: Counter[int] = field(default_factory=Counter)
     failed_saves: set[int] = field(default_factory=set)
@@ -79,6 +126,8 @@ class WorkerReport:
     loads: list[Sample] = field(default_factory=list)
     saves: list[Sample] = field(default_factory=list)
     step: int = 0
+    tiers: dict[int, TierResult] = field(default_factory=dict)
+    lost: dict[str, set[bytes]] = field(default_factory=dict)
 
     def merge(self, other: "WorkerReport") -> None:
         """Add another rank's report to this one."""
@@ -90,6 +139,14 @@ class WorkerReport:
         self.loads += other.loads
         self.saves += other.saves
         self.step = max(self.step, other.step)
+        for job, result in other.tiers.items():
+            if job in self.tiers:
+                self.tiers[job].merge(result)
+            else:
+                self.tiers[job] = result
+        for tier, chunks in other.lost.items():
+            self.lost[tier] = self.lost.get(tier, set()) | chunks
 
     def __bool__(self) -> bool:
-        return bool(self.saved or self.failed_saves or self.failed_loads or self.loads or self.saves or self.step)
+        told = self.saved or self.failed_saves or self.failed_loads or self.loads or self.saves or self.step
+        return bool(told or self.tiers or self.lost)
