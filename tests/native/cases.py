@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.native import layouts, oracle
 from tests.native.layouts import BF16, BYTES, F16, F32, F64, Shape, View
-from tests.native.rig import Memory, Rig
+from tests.native.rig import Memory, Place, Rig
 
 EXAMPLES = int(os.environ.get("WARMROUTE_TEST_EXAMPLES", "0"))
 
@@ -110,11 +110,11 @@ class Stage:
             same(memory.fetch(), image, f"{of}packed form {at}")
 
 
-def stage(rig: Rig, view: View, sizes: list[int], seed: int, shift: int = 0) -> Stage:
+def stage(rig: Rig, view: View, sizes: list[int], seed: int, shift: int = 0, *, place: Place = "packed") -> Stage:
     """A cache and packed forms of these sizes, full of noise."""
     cache = noise(seed, view.size)
     packed = [noise(seed + 1 + at, size) for at, size in enumerate(sizes)]
-    return Stage(rig.memory(cache, "cache"), [rig.memory(each, "packed", shift) for each in packed], cache, packed)
+    return Stage(rig.memory(cache, "cache"), [rig.memory(each, place, shift) for each in packed], cache, packed)
 
 
 def same(got: oracle.Bytes, wanted: oracle.Bytes, what: str) -> None:

@@ -5,12 +5,14 @@ caches are then device memory and packed forms page-locked host memory.
 """
 
 import ctypes
+import importlib.util
 import os
 import platform
 from collections.abc import Sequence
 from ctypes import c_double, c_int32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +21,6 @@ from tests.native import abi, oracle
 from tests.native.layouts import View
 
 GUARD = 256
-ROOT = Path(__file__).parents[2]
-
 Place = Literal["cache", "packed", "staging"]
 
 
@@ -33,10 +33,12 @@ class Backend:
     name: str
     library: str
     isa: int = 0
+    path: int = 0
 
 
 def backends() -> list[Backend]:
-    """What can be tested here; ``WARMROUTE_TEST_BACKENDS`` (``cpu``, ``cuda`` or both with a comma) says what must be."""
+    """What can be tested here; ``WARMROUTE_TEST_BACKENDS`` (``cpu``, ``cuda``, with a comma between them) says what must be;
+    ``emulated`` is the CUDA backend on an emulated GPU (test_cuda_emulated.py)."""
     wanted = os.environ.get("WARMROUTE_TEST_BACKENDS")
     names = wanted.split(",") if wanted else ["cpu", *(["cuda"] if Path("/dev/nvidia0").exists() else [])]
     found = []
@@ -44,17 +46,26 @@ def backends() -> list[Backend]:
         vector = {"x86_64": [("avx2", abi.AVX2), ("avx512", abi.AVX512)], "aarch64": [("neon", abi.NEON)]}
         for label, isa in [("portable", abi.PORTABLE), *vector.get(platform.machine(), [])]:
             found.append(Backend(f"cpu-{label}", "libwarmroute_cpu.so", isa))
-    if "cuda" in names:
-        found.append(Backend("cuda", "libwarmroute_cuda.so"))
+    for name in ("cuda", "emulated"):
+        if name in names:
+            paths = {"auto": 0, "copy-engine": 1, "kernel": 2, "staged": 3}
+            found += [Backend(f"{name}-{label}", f"libwarmroute_{name}.so", path=path) for label, path in paths.items()]
     return found
 
 
 def library_path(name: str) -> Path:
     """The library that the package would load."""
-    directory = os.environ.get("WARMROUTE_NATIVE_DIR", str(ROOT / "worker_connector" / "lib"))
+    directory = os.environ.get("WARMROUTE_NATIVE_DIR")
+    if not directory:
+        package = importlib.util.find_spec("worker_connector")
+        assert package is not None
+        assert package.submodule_search_locations
+        directory = str(Path(package.submodule_search_locations[0]) / "lib")
     path = Path(directory) / name
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: build it with 'pip install -e .', or set WARMROUTE_NATIVE_DIR")
+        raise FileNotFoundError(
+            f"{path} is missing: install the package, or set WARMROUTE_NATIVE_DIR to a build's folder"
+        )
     return path
 
 
@@ -105,6 +116,8 @@ def _write(tensor: Any, image: oracle.Bytes) -> None:
         import torch
 
         tensor.copy_(torch.from_numpy(image))
+        if tensor.is_cuda:
+            torch.cuda.synchronize()  # what follows is on another stream
 
 
 def _read(tensor: Any) -> oracle.Bytes:
@@ -120,14 +133,14 @@ class Outcome:
 class Rig:
     """A context of one backend. Calls return statuses; what went wrong is in ``explain``."""
 
-    def __init__(self, backend: Backend, threads: int = 1, path: int = 0) -> None:
+    def __init__(self, backend: Backend, threads: int = 1) -> None:
         self.backend = backend
-        self.on_device = backend.name == "cuda"
+        self.on_device = backend.library == "libwarmroute_cuda.so"
         self.library = abi.load(library_path(backend.library))
         if self.on_device and self.library.wr_devices() == 0:
             raise Missing("no usable GPU")
         self._context = c_void_p()
-        options = abi.Options(0, threads, path, backend.isa)
+        options = abi.Options(0, threads, backend.path, backend.isa)
         status = self.library.wr_open(ctypes.byref(options), ctypes.byref(self._context))
         if status == abi.UNSUPPORTED:
             raise Missing(self.explain())
@@ -135,6 +148,8 @@ class Rig:
         self._stream = self._make_stream()
 
     def _make_stream(self) -> Any:
+        if self.backend.name.startswith("emulated"):
+            return SimpleNamespace(cuda_stream=0x5000)
         if not self.on_device:
             return None
         import torch

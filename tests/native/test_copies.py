@@ -10,17 +10,25 @@ from hypothesis import strategies as st
 from tests.native import abi, layouts, oracle
 from tests.native.cases import drawn, noise, parts, same, shapes, spans, stage, views
 from tests.native.layouts import BF16, BYTES, F16, F32, F64, Shape, View
-from tests.native.rig import Rig
+from tests.native.rig import Place, Rig
 
 DTYPES = {"bytes": BYTES, "f32": F32, "f16": F16, "bf16": BF16, "f64": F64}
 SHIFTS = st.sampled_from([0, 1, 4, 8, 16])
+PLACES = st.sampled_from(["packed", "staging"])
 CATALOGUE = sorted(layouts.catalogue(Shape()))
 
 
 def check_gather(
-    rig: Rig, view: View, part: oracle.Range, chosen: list[oracle.Span], seed: int, *, shift: int = 0
+    rig: Rig,
+    view: View,
+    part: oracle.Range,
+    chosen: list[oracle.Span],
+    seed: int,
+    *,
+    shift: int = 0,
+    place: Place = "packed",
 ) -> None:
-    made = stage(rig, view, [oracle.packed_bytes(view, part, span) for span in chosen], seed, shift)
+    made = stage(rig, view, [oracle.packed_bytes(view, part, span) for span in chosen], seed, shift, place=place)
     for span, image in zip(chosen, made.packed_images, strict=True):
         oracle.gather(made.cache_image, view, part, span, image)
     outcome = rig.gather(view, made.cache, part, list(zip(chosen, made.packed, strict=True)))
@@ -29,9 +37,16 @@ def check_gather(
 
 
 def check_scatter(
-    rig: Rig, view: View, part: oracle.Range, chosen: list[oracle.Span], seed: int, *, shift: int = 0
+    rig: Rig,
+    view: View,
+    part: oracle.Range,
+    chosen: list[oracle.Span],
+    seed: int,
+    *,
+    shift: int = 0,
+    place: Place = "packed",
 ) -> None:
-    made = stage(rig, view, [oracle.packed_bytes(view, part, span) for span in chosen], seed, shift)
+    made = stage(rig, view, [oracle.packed_bytes(view, part, span) for span in chosen], seed, shift, place=place)
     for span, image in zip(chosen, made.packed_images, strict=True):
         oracle.scatter(made.cache_image, view, part, span, image)
     outcome = rig.scatter(view, made.cache, part, list(zip(chosen, made.packed, strict=True)))
@@ -58,7 +73,9 @@ def test_any_gather(rig: Rig, data: st.DataObject) -> None:
     view = data.draw(views())
     chosen = data.draw(spans(view, repeats=True))
     part = data.draw(parts(view, tokens=max(len(span.blocks) for span in chosen) * view.tokens))
-    check_gather(rig, view, part, chosen, data.draw(st.integers(0, 99)), shift=data.draw(SHIFTS))
+    check_gather(
+        rig, view, part, chosen, data.draw(st.integers(0, 99)), shift=data.draw(SHIFTS), place=data.draw(PLACES)
+    )
 
 
 @drawn(60)
@@ -67,7 +84,9 @@ def test_any_scatter(rig: Rig, data: st.DataObject) -> None:
     view = data.draw(views())
     chosen = data.draw(spans(view, repeats=False))
     part = data.draw(parts(view, tokens=max(len(span.blocks) for span in chosen) * view.tokens))
-    check_scatter(rig, view, part, chosen, data.draw(st.integers(0, 99)), shift=data.draw(SHIFTS))
+    check_scatter(
+        rig, view, part, chosen, data.draw(st.integers(0, 99)), shift=data.draw(SHIFTS), place=data.draw(PLACES)
+    )
 
 
 LARGE = Shape(layers=3, blocks=40, heads=8, tokens=16, k=64, v=64)
