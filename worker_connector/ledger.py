@@ -6,6 +6,10 @@ slots, and a chunk's slot has the same number in every rank's slab. A slot's lif
     free ── reserve ──► saving ── commit ──► ready ── evict / forget ──► free
                           └────── abandon ─────────────────────────────►
 
+A lower tier (disk, remote) is a set of chunks too: what the ranks acknowledged, and what look-ups and scans found. It may be
+wrong, since others share such tiers and they evict by themselves: what is fetched from one is verified, and what is not
+found is taken out.
+
 Only a ready chunk is visible: to lookups and, unless its slot is hidden, in ``content``, in the digests and in the changes that reports carry. Loads
 pin ready slots. A slot that is forgotten while a save or a load still uses its bytes is invisible at once and becomes
 free when the last of them ends, so bytes never change under a transfer.
@@ -37,14 +41,15 @@ class Slot:
 
     ``missing`` tells, for each KV-cache group, how many of the chunk's first blocks the slot does not hold: a sliding
     window may have passed them before the chunk was full. A ``hidden`` slot is no chunk to anybody outside: it holds
-    the beginning of one.
+    the beginning of one. A ``confined`` chunk is not for lower tiers.
     """
 
-    __slots__ = ("chunk", "forgotten", "hidden", "index", "kept", "missing", "pins", "state")
+    __slots__ = ("chunk", "confined", "forgotten", "hidden", "index", "kept", "missing", "pins", "state")
 
-    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool) -> None:
+    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool, confined: bool) -> None:
         self.chunk = chunk
         self.hidden = hidden
+        self.confined = confined
         self.index = index
         self.missing = missing
         self.state = SlotState.SAVING
@@ -66,6 +71,7 @@ class Ledger:
         self._forgotten: set[Slot] = set()
         self._free: list[int] = []
         self._ready = 0
+        self._lower: dict[str, dict[bytes, None]] = {}
         self._digests = {GPU: RunningDigest(), CPU: RunningDigest()}
         self._changes: list[tuple[type[Change], str, list[bytes]]] = []
 
@@ -90,6 +96,7 @@ class Ledger:
         spare: Container[bytes] = frozenset(),
         *,
         hidden: bool = False,
+        confined: bool = False,
     ) -> Slot | None:
         """A slot to save ``chunk`` into, evicting another chunk if none is free; None when every slot is in use, the
         next victim is in ``spare``, or the chunk has a slot already. O(1)."""
@@ -100,7 +107,7 @@ class Ledger:
                 self._evict_one(spare)
             if not self._free:
                 return None
-            slot = Slot(chunk, self._free.pop(), missing, hidden=hidden)
+            slot = Slot(chunk, self._free.pop(), missing, hidden=hidden, confined=confined)
             self._slots[chunk] = slot
             return slot
 
@@ -229,6 +236,60 @@ class Ledger:
             self._digests[GPU].clear()
             self._changes.append((Cleared, GPU, []))
 
+    # ---- lower tiers --------------------------------------------------------------------------------------------
+
+    def add_tier(self, tier: str) -> None:
+        """There is a lower tier of that name, below those added before."""
+        with self.lock:
+            self._lower[tier] = {}
+            self._digests[tier] = RunningDigest()
+
+    def stored(self, tier: str, chunks: Iterable[bytes], most: int = 1 << 62) -> None:
+        """A lower tier has these chunks. Of more than ``most``, those that were named longest ago are dropped from the
+        record, not from the tier. O(1) each."""
+        with self.lock:
+            held = self._lower[tier]
+            for chunk in chunks:
+                if chunk in held:
+                    held[chunk] = held.pop(chunk)
+                    continue
+                held[chunk] = None
+                self._digests[tier].add(chunk)
+                self._note(Stored, tier, chunk)
+                if len(held) > most:
+                    self.removed(tier, (next(iter(held)),))
+
+    def removed(self, tier: str, chunks: Iterable[bytes]) -> None:
+        """A lower tier does not have these chunks. O(1) each."""
+        with self.lock:
+            held = self._lower[tier]
+            for chunk in chunks:
+                if chunk in held:
+                    del held[chunk]
+                    self._digests[tier].discard(chunk)
+                    self._note(Removed, tier, chunk)
+
+    def cleared(self, tier: str) -> None:
+        """A lower tier was emptied of this engine's chunks."""
+        with self.lock:
+            self._lower[tier].clear()
+            self._digests[tier].clear()
+            self._changes.append((Cleared, tier, []))
+
+    def below(self, chunk: bytes) -> list[str]:
+        """The lower tiers that have a chunk, the fastest first. O(tiers)."""
+        return [tier for tier, held in self._lower.items() if chunk in held]
+
+    def newest(self, tier: str, most: int) -> list[bytes]:
+        """Up to ``most`` chunks of a lower tier, those that were named last first. O(most)."""
+        with self.lock:
+            return [chunk for chunk, _ in zip(reversed(self._lower[tier]), range(most), strict=False)]
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nothing has to be evicted for."""
+        return len(self._free)
+
     # ---- what others see ----------------------------------------------------------------------------------------
 
     def in_gpu(self, chunk: bytes) -> bool:
@@ -249,11 +310,12 @@ class Ledger:
     def content(self) -> dict[str, list[bytes]]:
         """The visible chunks of each tier. O(chunks)."""
         with self.lock:
-            return {GPU: list(self._gpu), CPU: [slot.chunk for slot in self._visible_slots()]}
+            lower = {tier: list(held) for tier, held in self._lower.items()}
+            return {GPU: list(self._gpu), CPU: [slot.chunk for slot in self._visible_slots()], **lower}
 
     def counts(self) -> dict[str, int]:
         """The number of visible chunks in each tier. O(1)."""
-        return {GPU: len(self._gpu), CPU: self._ready}
+        return {GPU: len(self._gpu), CPU: self._ready, **{tier: len(held) for tier, held in self._lower.items()}}
 
     def digests(self) -> dict[str, SetDigest]:
         """The digest of each tier's visible chunks. O(1)."""
