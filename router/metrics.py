@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router import logs, loop_lag
 from router.admission import Admission
 from router.index import Index
+from router.tallies import Spreads, Tallies, Tally
 from router.totals import Family, families_of
 from router.workers import Registry, Worker
 
@@ -42,7 +43,8 @@ class Metrics:
     def __init__(self, registry: Registry, index: Index, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self._of_worker: dict[str, WorkerSeries] = {}
-        self._tokenized_by: dict[tuple[str, str], Counter] = {}
+        self._tokenized_by: dict[tuple[str, str], Tally] = {}
+        self._by_reason: dict[str, Tally] = {}
         self._registry.register(_State(registry, index, admission))
         self.requests = self._counter("requests", "Requests answered by a worker", "worker", "model", "status")
         self.rejected = self._counter("rejected_requests", "Requests answered by the router itself", "status", "code")
@@ -57,15 +59,17 @@ class Metrics:
         self.tokenized = self._counter("tokenized_prompts", "Who tokenized the prompts", "model", "by")
         self.config_changes = self._counter("config_changes", "Changes of settings while running", "result")
         self.decisions = self._counter("decisions", "Choices by the kind of their reason", "reason")
-        self._by_reason = {kind: self.decisions.labels(kind) for kind in (*_REASONS, "first token", "other")}
-        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late timers are", loop_lag.BUCKETS)
+        for kind in (*_REASONS, "first token", "other"):
+            self._by_reason[kind] = self.decisions.labels(kind)
+        self.loop_lag = self._histogram("event_loop_lag_seconds", "How late timers are", loop_lag.BUCKETS).labels()
         self.token_gap = self._histogram(
             "inter_token_seconds", "Between the parts of a stream, averaged over it", _GAP_SECONDS, "worker"
         )
         ProcessCollector(registry=self._registry)
         self.ttft = self._histogram("ttft_seconds", "From request to first response byte", _SECONDS, "worker")
         self.duration = self._histogram("request_seconds", "From request to last byte", _SECONDS, "worker")
-        self.routing = self._histogram("routing_seconds", "From parsed request to chosen worker", _ROUTING_SECONDS)
+        routing = self._histogram("routing_seconds", "From parsed request to chosen worker", _ROUTING_SECONDS)
+        self.routing = routing.labels()
 
     def add(self, collector: Collector) -> None:
         """Show what another part keeps itself."""
@@ -86,7 +90,7 @@ class Metrics:
             kind = "first token" if kind.startswith("first token") else "other"
         self._by_reason[kind].inc()
 
-    def tokenized_by(self, model: str, by: str) -> Counter:
+    def tokenized_by(self, model: str, by: str) -> Tally:
         """The series of one tokenizing side of a model, looked up once."""
         key = (model, by)
         if key not in self._tokenized_by:
@@ -112,13 +116,17 @@ class Metrics:
             self.duration,
             self.token_gap,
         ):
-            family.remove_by_labels({"worker": worker})
+            family.forget("worker", worker)
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"warmroute_router_{name}", text, labels, registry=self._registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Tallies:
+        family = Tallies(name, text, *labels)
+        self._registry.register(family)
+        return family
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(f"warmroute_router_{name}", text, labels, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Spreads:
+        family = Spreads(name, text, bounds, *labels)
+        self._registry.register(family)
+        return family
 
 
 class WorkerSeries:
@@ -136,7 +144,7 @@ class WorkerSeries:
         }
         self._requests = metrics.requests
         self._worker = worker
-        self._by_status: dict[tuple[str, int], Counter] = {}
+        self._by_status: dict[tuple[str, int], Tally] = {}
 
     def ended(self, decision: "Decision") -> None:
         """Observe how long a request took, and what lay between the parts of its stream."""
