@@ -59,6 +59,7 @@ class ConnectorConfig:
     eviction_policy: str = "lru"
     min_load_tokens: int = 0
     load_or_compute: bool = True
+    lower_tier_patience: float = 5.0
     model_name: str = ""
     report_host: str = "127.0.0.1"
     report_port: int = 5571
@@ -109,6 +110,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "eviction_policy": choice(*POLICIES),
     "min_load_tokens": non_negative,
     "load_or_compute": boolean,
+    "lower_tier_patience": seconds,
     "model_name": text,
     "report_host": text,
     "report_port": port,

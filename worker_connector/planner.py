@@ -38,6 +38,7 @@ from worker_connector.config import ConnectorConfig
 from worker_connector.estimate import Estimator
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot
+from worker_connector.lower import LowerTiers, TierRules
 from worker_connector.plan import PLAIN, LoadJob, Span, StepPlan, WorkerReport
 from worker_connector.request_state import Adapter, RequestState, external_id
 from worker_connector.saves import TAIL_CHUNKS, Saves
@@ -77,6 +78,7 @@ class Planner:
         stats: Stats | None = None,
         publish: Callable[[list[Message]], None] = lambda _: None,
         gpu_usage: Callable[[], float] = lambda: 0.0,
+        tiers: Sequence[TierRules] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ledger = ledger
@@ -99,6 +101,20 @@ class Planner:
         self._loads: dict[str, _Load] = {}
         self._loading: dict[bytes, str] = {}
         self._bytes_loading = 0
+        self.lower = LowerTiers(
+            ledger,
+            tiers,
+            ranks=ranks,
+            chunk_size=config.chunk_size,
+            chunk_bytes=chunk_bytes,
+            may_load=self._may_load,
+            may_save=may_save and config.enable_prefix_cache,
+            patience=config.lower_tier_patience,
+            stats=self.stats,
+            estimator=self.estimator,
+            load_or_compute=config.load_or_compute,
+            clock=clock,
+        )
         self._saves = Saves(
             ledger,
             groups,
@@ -107,6 +123,7 @@ class Planner:
             ranks=ranks,
             allowed=may_save and config.enable_prefix_cache,
             stats=self.stats,
+            committed=self.lower.committed,
             clock=clock,
         )
         self._unit = self._saves.unit
@@ -123,7 +140,9 @@ class Planner:
     def added(self, request: Any) -> None:
         """The engine got a request."""
         with self.lock:
-            self._state(request)
+            state = self._state(request)
+            if self.lower:
+                self.lower.bring(state, 0, ahead=True)
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many tokens to load beyond the ``computed`` ones, and whether the load is asynchronous; None: ask again.
@@ -154,6 +173,7 @@ class Planner:
         """The engine is done with a request, or gave it up. A load that is still under way stays on record."""
         with self.lock:
             self._requests.pop(request_id, None)
+            self.lower.forget(request_id)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -175,6 +195,7 @@ class Planner:
             plan.settle = self._saves.reading(taken)
             plan.save = self._saves.plan(self._step, output, due)
             plan.step = self._time_step(output)
+            plan.tiers = self.lower.plan_step() if self.lower else []
             self.publish_changes()
             return plan
 
@@ -188,6 +209,7 @@ class Planner:
             or self._next_loads
             or self._taken_blocks
             or self._saves
+            or self.lower.has_work
             or not output.total_num_scheduled_tokens
             or output.preempted_req_ids
             or any(cached.new_block_ids)
@@ -207,12 +229,13 @@ class Planner:
 
     def has_unfinished_transfers(self) -> bool:
         """Whether an engine without requests must keep stepping so that saves are acknowledged."""
-        return self._saves.is_expected() or bool(self._loads)
+        return self._saves.is_expected() or bool(self._loads) or self.lower.is_expected()
 
     def clear(self) -> None:
         """Empty the tiers behind the GPU."""
         with self.lock:
             self.ledger.clear_cpu()
+            self.lower.clear()
             self.publish_changes()
 
     # ---- reports ------------------------------------------------------------------------------------------------
@@ -253,7 +276,7 @@ class Planner:
                 gpu_usage=self.gpu_usage(),
                 prefill_speed=self.estimator.prefill_speed,
                 held_chunks=self.ledger.counts(),
-                load_bandwidth={CPU: self.estimator.load_bandwidth * self._ranks},
+                load_bandwidth={CPU: self.estimator.load_bandwidth * self._ranks, **self.lower.bandwidth()},
             )
 
     def check(self) -> None:
@@ -265,6 +288,7 @@ class Planner:
             for chunk, request_id in self._loading.items():
                 assert chunk in self._loads[request_id].chunks, "a chunk is marked loading without a load"
             self._saves.check()
+            self.lower.check()
             assert self._bytes_loading == sum(load.nbytes for load in self._loads.values()), "bytes under way are wrong"
 
     # ---- hits ---------------------------------------------------------------------------------------------------
@@ -294,6 +318,8 @@ class Planner:
             return 0
         if getattr(state.request, "skip_reading_prefix_cache", False):
             return 0
+        if self.lower and self.lower.bring(state, computed // self._size):
+            return None
         end = self._hit_end(state, computed)
         tokens = end - computed
         if tokens <= 0 or tokens < self._config.min_load_tokens:
@@ -450,8 +476,8 @@ class Planner:
             return
         state.started = True
         request = state.request
-        hits = {CPU: min(state.loaded, computed)}
-        hits[GPU] = computed - hits[CPU]
+        hits = self._loaded_from(state, min(state.loaded, computed))
+        hits[GPU] = computed - sum(hits.values())
         hits = {tier: tokens for tier, tokens in hits.items() if tokens}
         self._admitted.append(Admitted(external_id(request.request_id), request.num_prompt_tokens, hits))
         load = self.estimator.load_seconds(self._chunk_bytes * state.loaded // self._size) if state.loaded else 0.0
@@ -459,7 +485,16 @@ class Planner:
             request.num_prompt_tokens, hits, prefill_speed=self.estimator.prefill_speed, load_seconds=load or 0.0
         )
         if computed >= self._size:
-            self.ledger.touch(reversed(state.extend()[: computed // self._size]))
+            used = state.extend()[: computed // self._size]
+            self.ledger.touch(reversed(used))
+            self.lower.touched(used)
+
+    def _loaded_from(self, state: RequestState, loaded: int) -> dict[str, int]:
+        """Loaded tokens by the tier from which their chunks were brought for this request."""
+        fetched = self.lower.origins(state.request.request_id, state.wanted) if loaded and self.lower else {}
+        hits = {tier: min(chunks * self._size, loaded) for tier, chunks in fetched.items()}
+        hits[CPU] = max(0, loaded - sum(hits.values()))
+        return hits
 
     def _time_step(self, output: Any) -> int:
         """A number to time this step by; 0 for one that computes few prompt tokens."""
@@ -481,6 +516,8 @@ class Planner:
             self._saves.acknowledge(job, ranks, failed=job in report.failed_saves)
         for request_id, slots in report.failed_loads.items():
             self._fail_load(request_id, slots)
+        if report.tiers or report.lost:
+            self.lower.absorb(report.tiers, report.lost)
         if report.damaged:
             self.stats.add("damaged_chunks", len(report.damaged), CPU)
         for sample in report.loads:

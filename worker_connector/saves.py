@@ -5,7 +5,7 @@ The rules are those of ``worker_connector.planner``, which asks here in every st
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from typing import Any
@@ -52,6 +52,7 @@ class Saves:
         ranks: int,
         allowed: bool,
         stats: Stats,
+        committed: Callable[[Iterable[Slot]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.unit = lcm(*(group.block_size for group in groups)) if groups else chunk_size
@@ -62,6 +63,7 @@ class Saves:
         self._ranks = ranks
         self._allowed = allowed
         self._stats = stats
+        self._committed = committed
         self._clock = clock
         self._saves: dict[int, _Save] = {}
         self._readers_of: dict[int, int] = {}
@@ -129,8 +131,8 @@ class Saves:
         tables = blocks.get_block_ids(state.request.request_id) if (wanted or tail) and blocks is not None else None
         if tables is None:
             return
-        own = frozenset(chunks)
-        saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own)]
+        own, confined = frozenset(chunks), state.adapter is not None
+        saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own, confined=confined)]
         if saved and saved[0] >= TAIL_CHUNKS:
             # The first chunk behind what was there may make a tail superfluous.
             for superfluous in state.tails(saved[0], self.unit):
@@ -158,7 +160,15 @@ class Saves:
         return any(slot.missing) if slot is not None else not self._ledger.holds(chunk)
 
     def _save_chunk(
-        self, save: _Save, at: int, chunk: bytes, tables: Tables, own: frozenset[bytes], *, tail_tokens: int = 0
+        self,
+        save: _Save,
+        at: int,
+        chunk: bytes,
+        tables: Tables,
+        own: frozenset[bytes],
+        *,
+        tail_tokens: int = 0,
+        confined: bool = False,
     ) -> bool:
         parts = []
         for group in self._groups:
@@ -174,7 +184,7 @@ class Saves:
             if not is_fuller(lacking, held.missing):
                 return False
             self._ledger.forget(chunk)
-        slot = self._ledger.reserve(chunk, lacking, own, hidden=bool(tail_tokens))
+        slot = self._ledger.reserve(chunk, lacking, own, hidden=bool(tail_tokens), confined=confined)
         if slot is None:
             return False
         save.slots.append(slot)
@@ -194,6 +204,8 @@ class Saves:
                 self._ledger.abandon(slot)
             else:
                 self._ledger.commit(slot)
+        if not save.failed:
+            self._committed(save.slots)
         for head in save.heads:
             self._ledger.refresh(reversed(head))
 

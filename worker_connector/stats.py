@@ -27,17 +27,22 @@ FIGURES = (
     Figure("timed_hits", "Requests with a hit whose prefill speed was known, so that their saving could be estimated."),
     Figure("avoided_seconds", "Prefill time of the reused tokens of timed_hits, at the measured speed, in seconds."),
     Figure("waited_seconds", "Time that requests of timed_hits waited for their loads, in seconds."),
-    Figure("load_chunks", "Chunks loaded into the GPU.", by_tier=True),
-    Figure("load_bytes", "Bytes loaded into the GPU.", by_tier=True),
+    Figure(
+        "load_chunks", "Chunks loaded: from the CPU tier into the GPU, from lower ones into the CPU tier.", by_tier=True
+    ),
+    Figure("load_bytes", "Bytes of them.", by_tier=True),
     Figure("load_seconds", "Time that loads took, in seconds.", by_tier=True),
-    Figure("save_chunks", "Chunks saved from the GPU.", by_tier=True),
-    Figure("save_bytes", "Bytes saved from the GPU.", by_tier=True),
+    Figure("save_chunks", "Chunks saved: from the GPU into the CPU tier, from there into lower ones.", by_tier=True),
+    Figure("save_bytes", "Bytes of them.", by_tier=True),
     Figure("save_seconds", "Time that saves took, in seconds.", by_tier=True),
+    Figure("failed_saves", "Chunks that a lower tier did not take.", by_tier=True),
+    Figure("missing_chunks", "Chunks that were no longer in a lower tier when they were fetched.", by_tier=True),
+    Figure("lower_tier_timeouts", "Requests that waited for lower tiers as long as they may, and went on without."),
     Figure("evictions", "Chunks evicted to make room.", by_tier=True),
     Figure("failed_loads", "Chunks whose load failed; their tokens were computed instead.", by_tier=True),
     Figure(
         "damaged_chunks",
-        "Chunks among them whose bytes were not those that were saved; seen where verify is on.",
+        "Chunks among them whose bytes were not those that were saved; of the CPU tier, seen where verify is on.",
         by_tier=True,
     ),
     Figure("skipped_loads", "Chunks not loaded because computing them was predicted to be faster.", by_tier=True),
@@ -96,6 +101,17 @@ class Stats:
 
     def load_failed(self, tier: str, chunks: int = 1) -> None:
         self.add("failed_loads", chunks, tier)
+
+    def tier_failed(self, tier: str, kind: str, cause: str) -> None:
+        """A lower tier failed one chunk of a ``fetch`` or ``write``. ``cause`` is "missing", "bad", or the store's word."""
+        if kind != "fetch":
+            self.add("failed_saves", 1, tier)
+        elif cause == "missing":
+            self.add("missing_chunks", 1, tier)
+        else:
+            self.add("failed_loads", 1, tier)
+            if cause == "bad":
+                self.add("damaged_chunks", 1, tier)
 
     def load_skipped(self, tier: str, chunks: int = 1) -> None:
         self.add("skipped_loads", chunks, tier)

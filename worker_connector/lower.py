@@ -1,0 +1,417 @@
+"""The lower tiers as the scheduler half sees them: what is fetched from disk and remote stores, and what is written there.
+
+Chunks move between a lower tier and the CPU tier only; from there they are loaded like any other. So a request whose
+chunks lie below waits until they were fetched, the engine steps on meanwhile, and whatever goes wrong ends in a shorter
+hit:
+
+- ``bring`` is asked before the request is first scheduled, to look its chunks up and to fetch them ahead, and then whenever
+  the engine asks what can be loaded. It says whether there is something to wait for, for ``patience`` seconds at most,
+  and fetches each chunk at most once per tier and request.
+- A fetch reserves slots, which are invisible until every rank has verified what it read. A copy that is missing or bad is
+  taken out of the record, and the next tier is asked for it.
+- A chunk is written down once it is ready in the CPU tier: at once (``through``), or when slots run short (``back``).
+  Its slot is pinned meanwhile. Where writing cannot keep up, chunks stay unwritten; nothing waits.
+
+Chunks computed under a LoRA adapter stay above: their hash binds the adapter's name, not its content.
+
+Everything here runs on the engine's thread, under the ledger's lock.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from worker_connector.estimate import PROBE_SECONDS, Estimator, Median
+from worker_connector.ledger import Ledger, Slot, SlotState
+from worker_connector.plan import Piece, TierJob, TierResult
+from worker_connector.request_state import RequestState
+from worker_connector.stats import Stats
+
+OVERDUE_SECONDS = 60.0
+"""An unacknowledged job keeps an idle engine stepping for no longer than this."""
+PAUSE_SECONDS = 1.0
+"""A tier of which everything failed is not asked for so long."""
+WRITES_AT_ONCE = 4
+"""Jobs of writes to one tier that may be under way."""
+PIECES_PER_JOB = 64
+_STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "auth", "loading", "readonly", "full"})
+"""Causes that say nothing about the chunk."""
+_SMALL_BYTES = 256 << 10
+
+Writes = Literal["through", "back", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierRules:
+    """How one lower tier is used. ``deadline`` bounds one fetch or write in seconds, ``most`` the chunks kept on record;
+    ``second_touch`` writes only what was used again after it came in."""
+
+    name: str
+    deadline: float = 2.0
+    writes: Writes = "through"
+    second_touch: bool = False
+    most: int = 2_000_000
+
+
+class Question(Protocol):
+    """A look-up under way."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether an answer may still come in time."""
+        ...
+
+
+class Asks(Protocol):
+    """Who looks up chunks in the lower tiers; what is found is put on record under the ledger's lock."""
+
+    def ask(self, chunks: Sequence[bytes]) -> Question:
+        """Begin a look-up. Returns at once."""
+        ...
+
+
+@dataclass(slots=True)
+class _Bring:
+    """One request's dealings with the lower tiers. ``since`` is when the engine first waited for them."""
+
+    since: float | None = None
+    over: bool = False
+    tried: set[tuple[str, bytes]] = field(default_factory=set)
+    asked: int = 0
+    question: Question | None = None
+    origins: dict[bytes, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Job:
+    job: TierJob
+    slots: list[Slot]
+    began: float
+    result: TierResult = field(default_factory=lambda: TierResult(0))
+
+
+class LowerTiers:
+    """See the module's text. ``tiers`` are the fastest first; ``chunk_bytes`` is what a chunk takes on one rank."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        tiers: Sequence[TierRules],
+        *,
+        ranks: int,
+        chunk_size: int,
+        chunk_bytes: int,
+        may_load: bool,
+        may_save: bool,
+        patience: float,
+        stats: Stats,
+        estimator: Estimator,
+        asks: Asks | None = None,
+        load_or_compute: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.asks = asks
+        self._ledger = ledger
+        self._tiers = {rules.name: rules for rules in tiers}
+        self._ranks = ranks
+        self._size = chunk_size
+        self._chunk_bytes = chunk_bytes
+        self._may_load = may_load
+        self._may_save = may_save
+        self._patience = patience
+        self._stats = stats
+        self._estimator = estimator
+        self._load_or_compute = load_or_compute
+        self._clock = clock
+        self._brings: dict[str, _Bring] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._fetching: dict[bytes, int] = {}
+        self._unwritten: dict[str, OrderedDict[bytes, Slot]] = {name: OrderedDict() for name in self._tiers}
+        self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
+        self._paused: dict[str, float] = {}
+        self._pace = {name: Median() for name in self._tiers}
+        self._paced_at = dict.fromkeys(self._tiers, -PROBE_SECONDS)
+        self._bytes_fetching = 0
+        self._next_job = 0
+        self._outbox: list[TierJob] = []
+        for name in self._tiers:
+            ledger.add_tier(name)
+
+    def __bool__(self) -> bool:
+        """Whether there is a lower tier."""
+        return bool(self._tiers)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the next plan has something for a lower tier."""
+        return bool(self._outbox) or any(self._may_write(name) for name in self._tiers)
+
+    def is_expected(self) -> bool:
+        """Whether something is to be sent, or under way and not overdue."""
+        horizon = self._clock() - OVERDUE_SECONDS
+        return self.has_work or any(job.began > horizon for job in self._jobs.values())
+
+    def bandwidth(self) -> dict[str, float]:
+        """Bytes per second that fetches from each tier were measured to have, over all ranks; 0 where unknown."""
+        return {name: self._ranks / pace.value if pace.value else 0.0 for name, pace in self._pace.items()}
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def bring(self, state: RequestState, first: int, *, ahead: bool = False) -> bool:
+        """Look up and fetch what the request lacks in the CPU tier from chunk ``first`` on; whether to wait for it.
+        ``ahead``: the engine does not wait yet, and may find the beginning in its own cache. O(chunks)."""
+        if not self._may_load or state.adapter is not None or not state.eligible:
+            return False
+        bring = self._brings.setdefault(state.request.request_id, _Bring())
+        if bring.over or self._out_of_patience(bring, ahead=ahead):
+            return False
+        chunks = state.extend()
+        wanted: list[tuple[str, bytes]] = []
+        waiting = False
+        for at in range(first, len(chunks)):
+            chunk = chunks[at]
+            if self._ledger.lookup(chunk) is not None or (ahead and self._ledger.in_gpu(chunk)):
+                continue
+            if chunk in self._fetching:
+                waiting = True
+            elif (tier := self._source(chunk, bring)) is not None:
+                wanted.append((tier, chunk))
+            else:
+                waiting |= self._is_asked(bring, chunks, at)
+                break
+        if wanted and self._is_worth_fetching(wanted):
+            waiting |= self._fetch(bring, wanted, frozenset(chunks))
+        return waiting
+
+    def origins(self, request_id: str, chunks: Iterable[bytes]) -> dict[str, int]:
+        """How many of these chunks were fetched for a request, by tier."""
+        bring = self._brings.get(request_id)
+        counts: dict[str, int] = {}
+        for chunk in chunks if bring is not None and bring.origins else ():
+            if bring is not None and (tier := bring.origins.get(chunk)) is not None:
+                counts[tier] = counts.get(tier, 0) + 1
+        return counts
+
+    def forget(self, request_id: str) -> None:
+        """The engine is done with a request. Fetches under way for it go on: others may want the same."""
+        self._brings.pop(request_id, None)
+
+    def _out_of_patience(self, bring: _Bring, *, ahead: bool) -> bool:
+        now = self._clock()
+        if bring.since is None:
+            bring.since = None if ahead else now
+        elif now - bring.since > self._patience:
+            bring.over = True
+            self._stats.add("lower_tier_timeouts", 1)
+        return bring.over
+
+    def _source(self, chunk: bytes, bring: _Bring) -> str | None:
+        now = self._clock()
+        for tier in self._ledger.below(chunk):
+            if (tier, chunk) not in bring.tried and self._paused.get(tier, 0.0) <= now:
+                return tier
+        return None
+
+    def _is_asked(self, bring: _Bring, chunks: Sequence[bytes], at: int) -> bool:
+        """Look up, once per chunk, what is on no record; whether an answer is still to come."""
+        if self.asks is not None and len(chunks) > max(at, bring.asked):
+            unknown = [chunk for chunk in chunks[max(at, bring.asked) :] if not self._ledger.below(chunk)]
+            bring.asked = len(chunks)
+            if unknown:
+                bring.question = self.asks.ask(unknown)
+        return bring.question is not None and bring.question.pending
+
+    def _is_worth_fetching(self, wanted: Sequence[tuple[str, bytes]]) -> bool:
+        compute = self._estimator.compute_seconds(len(wanted) * self._size)
+        if not self._load_or_compute or compute is None:
+            return True
+        now, seconds = self._clock(), 0.0
+        for tier, _ in wanted:
+            if now - self._paced_at[tier] > PROBE_SECONDS:
+                return True
+            seconds += self._chunk_bytes * self._pace[tier].value
+        nbytes = self._chunk_bytes * len(wanted) + self._bytes_fetching
+        worth = seconds + (self._estimator.load_seconds(nbytes) or 0.0) < compute
+        if not worth:
+            self._stats.load_skipped(wanted[0][0], len(wanted))
+        return worth
+
+    def _fetch(self, bring: _Bring, wanted: Sequence[tuple[str, bytes]], own: frozenset[bytes]) -> bool:
+        """Reserve slots and plan the fetch, up to the first chunk that gets none; whether any got one."""
+        jobs: dict[str, list[tuple[Piece, Slot]]] = {}
+        for tier, chunk in wanted:
+            slot = self._ledger.reserve(chunk, (), own)
+            if slot is None:
+                break
+            bring.tried.add((tier, chunk))
+            bring.origins[chunk] = tier
+            jobs.setdefault(tier, []).append((Piece(chunk, slot.index), slot))
+        for tier, pairs in jobs.items():
+            for start in range(0, len(pairs), PIECES_PER_JOB):
+                self._send(tier, "fetch", pairs[start : start + PIECES_PER_JOB])
+        return bool(jobs)
+
+    # ---- writes -------------------------------------------------------------------------------------------------
+
+    def committed(self, slots: Iterable[Slot]) -> None:
+        """These chunks are ready in the CPU tier: they may be written below. O(tiers) each."""
+        for slot in slots if self._may_save else ():
+            if slot.hidden or slot.confined or slot.forgotten:
+                continue
+            for name, rules in self._tiers.items():
+                if rules.writes != "none" and not rules.second_touch:
+                    self._remember(name, slot)
+
+    def touched(self, chunks: Iterable[bytes]) -> None:
+        """These chunks were used again."""
+        for name, rules in self._tiers.items() if self._may_save else ():
+            if not rules.second_touch or rules.writes == "none":
+                continue
+            for chunk in chunks:
+                slot = self._ledger.lookup(chunk)
+                if slot is not None and not slot.hidden and not slot.confined:
+                    self._remember(name, slot)
+
+    def _remember(self, tier: str, slot: Slot) -> None:
+        if tier not in self._ledger.below(slot.chunk) and slot.chunk not in self._writing[tier]:
+            self._unwritten[tier][slot.chunk] = slot
+
+    def _may_write(self, tier: str) -> bool:
+        if not self._unwritten[tier] or self._paused.get(tier, 0.0) > self._clock():
+            return False
+        under_way = sum(job.job.tier == tier and job.job.kind == "write" for job in self._jobs.values())
+        if under_way >= WRITES_AT_ONCE:
+            return False
+        return self._tiers[tier].writes != "back" or self._ledger.free_slots < max(1, self._ledger.capacity // 4)
+
+    def _write(self, tier: str) -> None:
+        """Plan one job of writes, of the chunks that came in first. Half of the slots stay unpinned."""
+        room = min(PIECES_PER_JOB, max(1, self._ledger.capacity // (2 * WRITES_AT_ONCE * len(self._tiers))))
+        unwritten = self._unwritten[tier]
+        pairs: list[tuple[Piece, Slot]] = []
+        while unwritten and len(pairs) < room:
+            chunk, slot = unwritten.popitem(last=False)
+            if slot.forgotten or slot.state is not SlotState.READY or tier in self._ledger.below(chunk):
+                continue
+            self._ledger.pin(slot)
+            pairs.append((Piece(chunk, slot.index, slot.missing), slot))
+        if pairs:
+            self._writing[tier].update(piece.chunk for piece, _ in pairs)
+            self._send(tier, "write", pairs)
+
+    # ---- steps --------------------------------------------------------------------------------------------------
+
+    def plan_step(self) -> list[TierJob]:
+        """What the workers have to do for the lower tiers."""
+        for name in self._tiers:
+            if self._may_write(name):
+                self._write(name)
+        outbox, self._outbox = self._outbox, []
+        return outbox
+
+    def absorb(self, results: Mapping[int, TierResult], lost: Mapping[str, set[bytes]]) -> None:
+        """What the workers did."""
+        for tier, chunks in lost.items():
+            self._ledger.removed(tier, chunks)
+        for number, result in results.items():
+            job = self._jobs.get(number)
+            if job is None:
+                continue
+            job.result.merge(result)
+            if job.result.ranks >= self._ranks:
+                self._end(self._jobs.pop(number))
+
+    def drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
+        """Delete a tier's copies: of these chunks, or all of this engine's identity."""
+        if chunks:
+            self._ledger.removed(tier, chunks)
+        else:
+            self._ledger.cleared(tier)
+            self._unwritten[tier].clear()
+        self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
+
+    def clear(self) -> None:
+        """Delete everything of this engine's identity from all lower tiers."""
+        for name in self._tiers:
+            self.drop(name)
+
+    def promote(self, tier: str, chunks: Sequence[bytes]) -> int:
+        """Fetch chunks into the CPU tier without a request for them, as far as slots are free; how many will be."""
+        free = self._ledger.free_slots
+        wanted = [(tier, chunk) for chunk in chunks if not self._ledger.holds(chunk)][:free]
+        return len(wanted) if self._fetch(_Bring(), wanted, frozenset()) else 0
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        for chunk, number in self._fetching.items():
+            assert number in self._jobs, "a chunk is being fetched by no job"
+            assert self._ledger.holds(chunk) or self._slot_of(chunk, number).forgotten, "a fetched chunk has no slot"
+        under_way = [job for job in self._jobs.values() if job.job.kind == "fetch"]
+        fetched = sum(len(job.slots) for job in under_way) * self._chunk_bytes
+        assert self._bytes_fetching == fetched, "bytes under way are wrong"
+        for name, chunks in self._writing.items():
+            jobs = [job.job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "write")]
+            assert chunks == {piece.chunk for job in jobs for piece in job.pieces}, "a chunk is written by no job"
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _slot_of(self, chunk: bytes, number: int) -> Slot:
+        return next(slot for slot in self._jobs[number].slots if slot.chunk == chunk)
+
+    def _send(
+        self, tier: str, kind: Literal["fetch", "write", "drop"], pairs: Sequence[tuple[Piece, Slot | None]]
+    ) -> None:
+        self._next_job += 1
+        job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], self._tiers[tier].deadline)
+        slots = [slot for _, slot in pairs if slot is not None]
+        self._jobs[job.job] = _Job(job, slots, self._clock())
+        self._outbox.append(job)
+        if kind == "fetch":
+            self._fetching.update((piece.chunk, job.job) for piece in job.pieces)
+            self._bytes_fetching += len(slots) * self._chunk_bytes
+
+    def _end(self, ended: _Job) -> None:
+        job, result = ended.job, ended.result
+        if job.kind == "fetch":
+            self._end_fetch(ended)
+        elif job.kind == "write":
+            self._end_write(ended)
+        for cause in result.failed.values():
+            self._stats.tier_failed(job.tier, job.kind, cause)
+        if result.failed and len(result.failed) == len(job.pieces) and _STORE_WIDE & set(result.failed.values()):
+            self._paused[job.tier] = self._clock() + PAUSE_SECONDS
+
+    def _end_fetch(self, ended: _Job) -> None:
+        job, result = ended.job, ended.result
+        self._bytes_fetching -= len(ended.slots) * self._chunk_bytes
+        # From the last to the first: the head of a prompt is then the most recently used.
+        for slot in reversed(ended.slots):
+            if self._fetching.get(slot.chunk) == job.job:
+                del self._fetching[slot.chunk]
+            if (cause := result.failed.get(slot.chunk)) is None:
+                slot.missing = result.missing.get(slot.chunk, ())
+                self._ledger.commit(slot)
+                continue
+            self._ledger.abandon(slot)
+            if cause not in _STORE_WIDE:
+                self._ledger.removed(job.tier, (slot.chunk,))
+        fetched = len(ended.slots) - len(result.failed)
+        self._stats.loaded(job.tier, fetched, result.nbytes * self._ranks, result.seconds)
+        self._observe(job.tier, fetched, self._clock() - ended.began)
+
+    def _end_write(self, ended: _Job) -> None:
+        job, result = ended.job, ended.result
+        self._writing[job.tier].difference_update(piece.chunk for piece in job.pieces)
+        for slot in ended.slots:
+            self._ledger.unpin(slot)
+        written = [slot.chunk for slot in ended.slots if slot.chunk not in result.failed]
+        self._ledger.stored(job.tier, written, self._tiers[job.tier].most)
+        self._stats.saved(job.tier, len(written), result.nbytes * self._ranks, result.seconds)
+
+    def _observe(self, tier: str, chunks: int, seconds: float) -> None:
+        nbytes = chunks * self._chunk_bytes
+        if nbytes >= _SMALL_BYTES:
+            self._pace[tier].add(seconds / nbytes)
+            self._paced_at[tier] = self._clock()
