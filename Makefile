@@ -29,7 +29,7 @@ unit: $(STAMPS)/tools $(STAMPS)/bench
 # The tests run from a copy, so that what they import is the installed package and not the sources beside them.
 .PHONY: $(STAMPS)/bench
 $(STAMPS)/bench:
-	rm -rf $@ && mkdir -p $@ && cp -R tests benchmarks docs pyproject.toml README.md CHANGELOG.md $@
+	rm -rf $@ && mkdir -p $@ && cp -R tests benchmarks csrc docs pyproject.toml README.md CHANGELOG.md $@
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
