@@ -1,7 +1,7 @@
 """Real chunk objects of any size for a disk tier, and a program that writes them until it is killed.
 
 ``python -m tests.worker_connector.tiers.disk_objects`` reads lines of JSON, and for each forks a writer that is killed
-after ``seconds``; it answers with the numbers of the objects that were stored before.
+``seconds`` after it began to write; it answers with the numbers of the objects that were stored before.
 """
 
 import json
@@ -78,6 +78,8 @@ def used(root: Path) -> int:
 
 def write_for_ever(root: str, max_bytes: int, first: int, answers: int) -> None:
     store = DiskStore(DiskSettings(directory=Path(root), max_bytes=max_bytes, rescan_seconds=2.0, threads=2))
+    store.wait_scanned(60)
+    os.write(answers, bytes(8))
     number = first
     while True:
         numbers = [number, number + 1, number + 2]
@@ -101,6 +103,7 @@ def kill_writer(order: dict[str, object]) -> list[int]:
         finally:
             os._exit(1)
     os.close(writer)
+    assert os.read(reader, 8) == bytes(8)
     time.sleep(float(str(order["seconds"])))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

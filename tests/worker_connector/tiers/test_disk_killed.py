@@ -4,11 +4,14 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.worker_connector.tiers.disk_objects import content, load, name, used
+from worker_connector.chunk_object import HEADER_BYTES, ObjectKey, read_header, unpack
+from worker_connector.tiers.base import Sink
 from worker_connector.tiers.disk import DiskSettings, DiskStore
 from worker_connector.tiers.disk_files import SUFFIX
 
@@ -32,7 +35,7 @@ def test_kill_9_two_hundred_times(tmp_path: Path) -> None:
         for kill in range(KILLS):
             tight = kill % 2 == 1
             root, bound = (tmp_path / "tight", TIGHT) if tight else (tmp_path / "roomy", ROOMY)
-            order = {"root": str(root), "max_bytes": bound, "first": kill * 10_000, "seconds": rng.uniform(0.005, 0.08)}
+            order = {"root": str(root), "max_bytes": bound, "first": kill * 10_000, "seconds": rng.uniform(0.001, 0.05)}
             print(json.dumps(order), file=server.stdin, flush=True)
             told = json.loads(server.stdout.readline())
             stored += len(told)
@@ -65,11 +68,6 @@ def check(root: Path, bound: int, told: list[int]) -> None:
 
 def check_any(store: DiskStore, key: str) -> None:
     """An object that was not told of: its writer died between storing it and saying so, or wrote it rounds ago."""
-    import time
-
-    from worker_connector.chunk_object import HEADER_BYTES, ObjectKey, read_header, unpack
-    from worker_connector.tiers.base import Sink
-
     room = bytearray(1 << 20)
     (outcome,) = store.get([key], [Sink(room)], time.monotonic() + 10)
     assert outcome.ok
