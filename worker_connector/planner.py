@@ -253,6 +253,12 @@ class Planner:
             if messages:
                 self.publish(messages)
 
+    def publish_found(self) -> None:
+        """Tell readers, from another thread, of changes that come without a step."""
+        with self.lock:
+            if messages := self.ledger.take_changes():
+                self.publish(list(messages))
+
     def take_changes(self) -> list[Change]:
         """Visible changes that were not published yet."""
         return self.ledger.take_changes()

@@ -1,0 +1,201 @@
+"""Looking chunks up in the lower tiers without keeping the engine waiting.
+
+A tier that others share may hold what this engine never wrote. Each tier has a thread that answers questions (the
+chunks of one request, in one call of the store) and, between them, lists the tier: once at the start, so that what
+survived a restart is known and reported, and again every ``rescan_seconds``. What is found is put on the ledger's record;
+whether the bytes are good, their fetch will tell.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from worker_connector.chunk_object import ObjectKey
+from worker_connector.errors import StoreUnavailable
+from worker_connector.ledger import Ledger
+from worker_connector.tiers.base import Store, pages
+
+_PAGE_SECONDS = 10.0
+_MOST_QUESTIONS = 256
+
+_log = logging.getLogger("vllm.warmroute.tiers")
+
+
+class Pending:
+    """A question asked of several tiers. It waits for them no longer than until ``until``."""
+
+    __slots__ = ("_left", "_until")
+
+    def __init__(self, tiers: int, until: float) -> None:
+        self._left = tiers
+        self._until = until
+
+    @property
+    def pending(self) -> bool:
+        """Whether a tier has not answered, and may still do so in time."""
+        return self._left > 0 and time.monotonic() < self._until
+
+    def answered(self) -> None:
+        self._left -= 1
+
+
+class Lookups:
+    """``names`` gives the objects of a chunk, one for each rank: it is there when all of them are. ``found`` is told
+    after the record was changed while no request waits, so that readers hear of it."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        stores: Mapping[str, Store],
+        names: Callable[[bytes], Sequence[ObjectKey]],
+        *,
+        timeout: float = 0.2,
+        most: int = 2_000_000,
+        rescan_seconds: float = 300.0,
+        found: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._ledger = ledger
+        self._timeout = timeout
+        self._tiers = [
+            _TierLookups(ledger, name, store, names, most=most, rescan_seconds=rescan_seconds, found=found)
+            for name, store in stores.items()
+        ]
+
+    def ask(self, chunks: Sequence[bytes]) -> Pending:
+        """Have every tier look for these chunks. Returns at once."""
+        until = time.monotonic() + self._timeout
+        question = Pending(len(self._tiers), until)
+        for tier in self._tiers:
+            tier.ask(chunks, question, until)
+        return question
+
+    @property
+    def scanned(self) -> bool:
+        """Whether every tier has been listed once."""
+        return all(tier.scanned for tier in self._tiers)
+
+    def close(self) -> None:
+        """End the threads; their stores are closed."""
+        for tier in self._tiers:
+            tier.close()
+
+
+class _TierLookups:
+    def __init__(
+        self,
+        ledger: Ledger,
+        name: str,
+        store: Store,
+        names: Callable[[bytes], Sequence[ObjectKey]],
+        *,
+        most: int,
+        rescan_seconds: float,
+        found: Callable[[], None],
+    ) -> None:
+        self.scanned = False
+        self._ledger = ledger
+        self._name = name
+        self._store = store
+        self._names = names
+        self._ranks = len(names(bytes(16)))
+        self._most = most
+        self._rescan_seconds = rescan_seconds
+        self._found = found
+        self._wake = threading.Condition()
+        self._stop = threading.Event()
+        self._questions: deque[tuple[Sequence[bytes], Pending, float]] = deque()
+        self._threads = [
+            threading.Thread(target=work, name=f"warmroute-{name}-{what}", daemon=True)
+            for what, work in (("lookup", self._answer), ("list", self._list))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def ask(self, chunks: Sequence[bytes], question: Pending, until: float) -> None:
+        with self._wake:
+            if len(self._questions) >= _MOST_QUESTIONS:
+                question.answered()
+                return
+            self._questions.append((chunks, question, until))
+            self._wake.notify()
+
+    def close(self) -> None:
+        self._stop.set()
+        with self._wake:
+            self._wake.notify()
+        self._store.close()
+        for thread in self._threads:
+            thread.join(_PAGE_SECONDS)
+
+    def _answer(self) -> None:
+        while not self._stop.is_set():
+            with self._wake:
+                self._wake.wait_for(lambda: self._questions or self._stop.is_set())
+                if self._stop.is_set():
+                    return
+                chunks, question, until = self._questions.popleft()
+            present = self._present(chunks, until) if time.monotonic() < until else []
+            with self._ledger.lock:
+                self._ledger.stored(self._name, present, self._most)
+                question.answered()
+
+    def _present(self, chunks: Sequence[bytes], until: float) -> list[bytes]:
+        """Those of ``chunks`` of which every rank's object is there."""
+        keys = [str(key) for chunk in chunks for key in self._names(chunk)]
+        try:
+            outcomes = self._store.exists(keys, until)
+        except StoreUnavailable as error:
+            _log.debug("Look-up in tier %s: %s", self._name, error)
+            return []
+        parts = (outcomes[at : at + self._ranks] for at in range(0, len(outcomes), self._ranks))
+        return [chunk for chunk, part in zip(chunks, parts, strict=True) if all(each.ok for each in part)]
+
+    def _list(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                listed = self._list_once()
+            except StoreUnavailable as error:
+                _log.debug("Listing tier %s: %s", self._name, error)
+                self._stop.wait(min(30.0, self._rescan_seconds))
+                continue
+            if not self.scanned:
+                self.scanned = True
+                _log.info(
+                    "Tier %s holds %d chunks of this engine, listed in %.1f s",
+                    self._name,
+                    listed,
+                    time.monotonic() - began,
+                )
+            self._stop.wait(self._rescan_seconds)
+
+    def _list_once(self) -> int:
+        """Put on record what the tier has of this engine's identity; how many chunks. What is on record without being
+        there is left: its next fetch, or the tier's own word, takes it out."""
+        parts: dict[bytes, set[int]] = {}
+        listed = 0
+        for page in pages(self._store, self._stop, _PAGE_SECONDS):
+            whole = list(self._whole((entry.key for entry in page.entries), parts))
+            listed += len(whole)
+            if whole:
+                with self._ledger.lock:
+                    self._ledger.stored(self._name, whole, self._most)
+                self._found()
+        return listed
+
+    def _whole(self, keys: Iterable[str], parts: dict[bytes, set[int]]) -> Iterable[bytes]:
+        """Chunks that are complete with these keys; ``parts`` has the ranks met of those that are not."""
+        for text in keys:
+            try:
+                key = ObjectKey.parse(text)
+            except ValueError:
+                continue
+            if key not in self._names(key.chunk):
+                continue
+            met = parts.setdefault(key.chunk, set())
+            met.add(key.rank)
+            if len(met) == self._ranks:
+                del parts[key.chunk]
+                yield key.chunk
