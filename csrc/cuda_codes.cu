@@ -1,6 +1,6 @@
 // Kernels that encode and decode.
 #include "cuda_codes.hpp"
-#include "cuda_kernels.hpp"
+#include "cuda_start.hpp"
 
 namespace wr {
 namespace cuda {
@@ -11,7 +11,7 @@ template <int kType, bool kWide, bool kEncode>
 __global__ void __launch_bounds__(kThreads)
     code_tokens(const __grid_constant__ Pages pages, const __grid_constant__ Codes codes, uint32_t first_half,
                 uint32_t halves) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     token_body<kType, kWide, kEncode>(pages, codes, this_thread(), first_half, halves);
 #endif
 }
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int kType, bool kWide, bool kEncode>
 __global__ void __launch_bounds__(kThreads)
     code_channels(const __grid_constant__ Pages pages, const __grid_constant__ Codes codes) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     channel_body<kType, kWide, kEncode>(pages, codes, this_thread());
 #endif
 }
@@ -27,15 +27,10 @@ __global__ void __launch_bounds__(kThreads)
 template <bool kWide, bool kEncode>
 __global__ void __launch_bounds__(kThreads)
     code_tiles(const __grid_constant__ Pages pages, const __grid_constant__ Codes codes) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     __shared__ TileWork works[kThreads / kLanes];
     tile_body<kWide, kEncode>(pages, codes, this_thread(), works);
 #endif
-}
-
-uint32_t blocks_for(uint64_t threads, const Launch &on) {
-    const uint64_t wanted = (threads + kThreads - 1) / kThreads, most = static_cast<uint64_t>(on.blocks);
-    return static_cast<uint32_t>(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 
 // The halves whose tokens have items: K and V, or one of them.
@@ -51,12 +46,11 @@ cudaError_t scaled(const Pages &pages, const Codes &codes, const Launch &on) {
     halves_of(codes, first, halves);
     if (halves != 0) {
         const uint64_t items = uint64_t{pages.total} * halves * static_cast<uint32_t>(codes.shape.tokens);
-        code_tokens<kType, kWide, kEncode>
-            <<<blocks_for(items, on), kThreads, 0, on.stream>>>(pages, codes, first, halves);
+        start(code_tokens<kType, kWide, kEncode>, blocks_for(items, on), on, pages, codes, first, halves);
     }
     if (codes.encoding == WR_INT8 && codes.shape.k_bytes != 0) {
         const uint64_t items = uint64_t{pages.total} * static_cast<uint32_t>((k_half(codes.shape).width + 7) / 8);
-        code_channels<kType, kWide, kEncode><<<blocks_for(items, on), kThreads, 0, on.stream>>>(pages, codes);
+        start(code_channels<kType, kWide, kEncode>, blocks_for(items, on), on, pages, codes);
     }
     return cudaGetLastError();
 }
@@ -64,7 +58,7 @@ cudaError_t scaled(const Pages &pages, const Codes &codes, const Launch &on) {
 template <bool kWide, bool kEncode>
 cudaError_t tiled(const Pages &pages, const Codes &codes, const Launch &on) {
     const uint64_t items = uint64_t{pages.total} * tiles_of(codes);
-    code_tiles<kWide, kEncode><<<blocks_for(items * kLanes, on), kThreads, 0, on.stream>>>(pages, codes);
+    start(code_tiles<kWide, kEncode>, blocks_for(items * kLanes, on), on, pages, codes);
     return cudaGetLastError();
 }
 
@@ -87,11 +81,6 @@ cudaError_t launch_codes(const Pages &pages, const Codes &codes, bool wide, bool
 }
 
 namespace {
-
-template <typename K> cudaError_t preload(K *kernel) {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
-}
 
 template <int kType> cudaError_t preload_scaled() {
     const cudaError_t errors[] = {

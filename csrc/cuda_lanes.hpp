@@ -1,12 +1,13 @@
-// What the kernels' bodies need of a GPU: streaming accesses, atomics, and operations of a warp. Compiled for the host
-// with WR_EMULATED, the same bodies run in a test, whose lanes take turns (tests/native/emulator.hpp).
+// What the kernels' bodies need of a GPU: streaming accesses, atomics, and operations of a warp. With WR_EMULATED, which
+// names a header that has the same for the host, all of the backend runs in tests on machines without a GPU.
 #ifndef WARMROUTE_CUDA_LANES_HPP
 #define WARMROUTE_CUDA_LANES_HPP
 
 #include "cuda_pages.hpp"
 
-#if defined(WR_EMULATED)
-#include WR_EMULATED
+// What only a device can run, or an emulation of one.
+#if defined(__CUDA_ARCH__) || defined(WR_EMULATED)
+#define WR_ON_DEVICE
 #endif
 
 namespace wr {
@@ -20,8 +21,6 @@ struct Thread {
 };
 
 #if defined(__CUDA_ARCH__)
-
-static __device__ __forceinline__ Thread this_thread() { return {blockIdx.x, gridDim.x, threadIdx.x, blockDim.x}; }
 
 static __device__ __forceinline__ Word128 load_once(const Word128 *at) {
     const uint4 taken = __ldcs(reinterpret_cast<const uint4 *>(at));
@@ -64,14 +63,11 @@ static __device__ __forceinline__ uint64_t warp_xor(uint64_t value, uint32_t lan
 
 #elif defined(WR_EMULATED)
 
-template <typename V> static inline V load_once(const V *at) {
-    V value;
-    memcpy(&value, at, sizeof(V));
-    return value;
-}
-template <typename V> static inline void store_once(V *at, V value) { memcpy(at, &value, sizeof(V)); }
-static inline void count_one(uint32_t *at) { ++*at; }
-static inline void add_atomic(uint64_t *at, uint64_t value) { *at += value; }
+}  // namespace cuda
+}  // namespace wr
+#include WR_EMULATED
+namespace wr {
+namespace cuda {
 
 #else
 
@@ -94,6 +90,10 @@ static inline uint64_t warp_xor(uint64_t value, uint32_t) { return value; }
 #define WR_BODY static __device__ __forceinline__
 #else
 #define WR_BODY static inline
+#endif
+
+#if defined(WR_ON_DEVICE)
+WR_BODY Thread this_thread() { return {blockIdx.x, gridDim.x, threadIdx.x, blockDim.x}; }
 #endif
 
 template <typename V> WR_BODY V load_at(uint64_t address) { return load_once(reinterpret_cast<const V *>(address)); }

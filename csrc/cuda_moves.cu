@@ -1,6 +1,6 @@
 // Kernels that copy, rotate and sum.
-#include "cuda_kernels.hpp"
 #include "cuda_moves.hpp"
+#include "cuda_start.hpp"
 
 namespace wr {
 namespace cuda {
@@ -9,7 +9,7 @@ namespace {
 
 template <typename V, bool kGather, bool kSums>
 __global__ void __launch_bounds__(kThreads) copy_pages(const __grid_constant__ Pages pages, uint64_t *sums) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     copy_body<V, kGather, kSums>(pages, this_thread(), sums);
 #endif
 }
@@ -18,7 +18,7 @@ template <int kType, typename V, bool kInPlace, bool kSums>
 __global__ void __launch_bounds__(kThreads)
     turn_pages(const __grid_constant__ Pages pages, const __grid_constant__ Factors factors, const Turn turn,
                uint64_t *sums) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     typedef typename ElementOf<kType>::Wide Wide;
     __shared__ Wide cosines[kMaxPairs], sines[kMaxPairs];
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < factors.count; i += static_cast<int32_t>(blockDim.x)) {
@@ -32,13 +32,13 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads) sum_pages(const __grid_constant__ Pages pages, uint64_t bytes, uint32_t parts,
                                                       uint64_t *sums) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     sum_body(pages, this_thread(), bytes, parts, sums);
 #endif
 }
 
 __global__ void __launch_bounds__(kThreads) sum_bytes(uint64_t address, uint64_t bytes, uint64_t parts, uint64_t *sum) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     const Thread at = this_thread();
     const uint32_t warps = at.threads / kLanes;
     for (uint64_t part = at.block * warps + at.thread / kLanes; part < parts; part += at.blocks * warps)
@@ -48,27 +48,22 @@ __global__ void __launch_bounds__(kThreads) sum_bytes(uint64_t address, uint64_t
 
 __global__ void __launch_bounds__(kThreads)
     publish_sums(const __grid_constant__ Pages pages, uint64_t bytes, const uint64_t *sums, uint64_t given) {
-#if defined(__CUDA_ARCH__)
+#if defined(WR_ON_DEVICE)
     publish_body(pages, this_thread(), bytes, sums, given);
 #endif
 }
 
-uint32_t blocks_for(uint64_t threads, const Launch &on) {
-    const uint64_t wanted = (threads + kThreads - 1) / kThreads, most = static_cast<uint64_t>(on.blocks);
-    return static_cast<uint32_t>(wanted < 1 ? 1 : wanted < most ? wanted : most);
-}
-
 template <typename V> cudaError_t copy_with(const Pages &pages, bool gather, const Launch &on) {
     const uint32_t blocks = blocks_for((pages.total + kInFlight - 1) / kInFlight, on);
-    if (gather) copy_pages<V, true, false><<<blocks, kThreads, 0, on.stream>>>(pages, nullptr);
-    else copy_pages<V, false, false><<<blocks, kThreads, 0, on.stream>>>(pages, nullptr);
+    if (gather) start(copy_pages<V, true, false>, blocks, on, pages, nullptr);
+    else start(copy_pages<V, false, false>, blocks, on, pages, nullptr);
     return cudaGetLastError();
 }
 
 template <typename V> cudaError_t copy_and_sum(const Pages &pages, bool gather, uint64_t *sums, const Launch &on) {
     const uint32_t blocks = blocks_for((pages.total + kInFlight - 1) / kInFlight, on);
-    if (gather) copy_pages<V, true, true><<<blocks, kThreads, 0, on.stream>>>(pages, sums);
-    else copy_pages<V, false, true><<<blocks, kThreads, 0, on.stream>>>(pages, sums);
+    if (gather) start(copy_pages<V, true, true>, blocks, on, pages, sums);
+    else start(copy_pages<V, false, true>, blocks, on, pages, sums);
     return cudaGetLastError();
 }
 
@@ -85,14 +80,11 @@ template <int kType, typename V> cudaError_t turn_with(const Turning &work) {
     const Launch &on = work.on;
     const uint32_t blocks = blocks_for((work.pages.total + kInFlight - 1) / kInFlight, on);
     if (work.in_place)
-        turn_pages<kType, V, true, false>
-            <<<blocks, kThreads, 0, on.stream>>>(work.pages, work.factors, work.turn, nullptr);
+        start(turn_pages<kType, V, true, false>, blocks, on, work.pages, work.factors, work.turn, nullptr);
     else if (work.sums == nullptr)
-        turn_pages<kType, V, false, false>
-            <<<blocks, kThreads, 0, on.stream>>>(work.pages, work.factors, work.turn, nullptr);
+        start(turn_pages<kType, V, false, false>, blocks, on, work.pages, work.factors, work.turn, nullptr);
     else if constexpr (sizeof(V) >= 8)
-        turn_pages<kType, V, false, true>
-            <<<blocks, kThreads, 0, on.stream>>>(work.pages, work.factors, work.turn, work.sums);
+        start(turn_pages<kType, V, false, true>, blocks, on, work.pages, work.factors, work.turn, work.sums);
     else return cudaErrorInvalidValue;
     return cudaGetLastError();
 }
@@ -132,29 +124,24 @@ cudaError_t launch_turn(const Pages &pages, const Turn &turn, const Factors &fac
 cudaError_t launch_sum(const Pages &pages, uint64_t bytes, uint64_t *sums, const Launch &on) {
     const uint64_t parts = (bytes + kSumPart - 1) / kSumPart, pages_here = uint64_t{pages.layer_count} * pages.rows_of_layer.value;
     const uint32_t blocks = blocks_for(pages_here * parts * kLanes, on);
-    sum_pages<<<blocks, kThreads, 0, on.stream>>>(pages, bytes, static_cast<uint32_t>(parts), sums);
+    start(sum_pages, blocks, on, pages, bytes, static_cast<uint32_t>(parts), sums);
     return cudaGetLastError();
 }
 
 cudaError_t launch_sum_bytes(uint64_t address, uint64_t bytes, uint64_t *sum, const Launch &on) {
     const uint64_t parts = (bytes + kSumPart - 1) / kSumPart;
     if (parts == 0) return cudaSuccess;
-    sum_bytes<<<blocks_for(parts * kLanes, on), kThreads, 0, on.stream>>>(address, bytes, parts, sum);
+    start(sum_bytes, blocks_for(parts * kLanes, on), on, address, bytes, parts, sum);
     return cudaGetLastError();
 }
 
 cudaError_t launch_publish(const Pages &pages, uint64_t bytes, const uint64_t *sums, uint64_t given, const Launch &on) {
     const uint32_t blocks = blocks_for(uint64_t{pages.layer_count} * pages.rows_of_layer.value, on);
-    publish_sums<<<blocks, kThreads, 0, on.stream>>>(pages, bytes, sums, given);
+    start(publish_sums, blocks, on, pages, bytes, sums, given);
     return cudaGetLastError();
 }
 
 namespace {
-
-template <typename K> cudaError_t preload(K *kernel) {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
-}
 
 template <typename V> cudaError_t preload_copies() {
     const cudaError_t error = preload(copy_pages<V, true, false>);
