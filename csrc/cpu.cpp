@@ -3,7 +3,6 @@
 
 #include "core/checksum.hpp"
 #include "core/codec_layout.hpp"
-#include "core/copy.hpp"
 #include "cpu_context.hpp"
 #include "cpu_moves.hpp"
 #include "slab.hpp"
@@ -92,10 +91,9 @@ int32_t wr_open(const wr_options *options, wr_context **context) {
     const Kernels *kernels = kernels_of(chosen.isa);
     if (kernels == nullptr)
         return refuse(open_reason, WR_UNSUPPORTED, "this processor, or this build, lacks instruction set %d", chosen.isa);
-    uint64_t string_from = kernels == kernels_of(WR_ISA_PORTABLE) ? WR_NO_STRING_COPY : string_copy_from();
     int usable = usable_cores(), threads = chosen.threads;
     if (threads == 0) threads = usable < MOST_THREADS ? usable : MOST_THREADS;
-    *context = new (std::nothrow) wr_context(kernels, string_from, threads);
+    *context = new (std::nothrow) wr_context(kernels, threads);
     return *context != nullptr ? WR_OK : refuse(open_reason, WR_NO_MEMORY, "out of memory");
 }
 

@@ -11,7 +11,6 @@
 
 struct wr_context {
     const wr::Kernels *kernels;
-    uint64_t string_from;
     wr::Helpers helpers;
     pid_t process;
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
@@ -19,13 +18,13 @@ struct wr_context {
     std::vector<float> factors;   // of a rotation
     std::vector<int64_t> starts;  // of spans or copies
 
-    wr_context(const wr::Kernels *chosen, uint64_t string_copies, int threads)
-        : kernels(chosen), string_from(string_copies), helpers(threads), process(getpid()) {}
+    wr_context(const wr::Kernels *chosen, int threads) : kernels(chosen), helpers(threads), process(getpid()) {}
 };
 
 namespace wr {
 
 constexpr int64_t PIECE = 256 << 10;  // bytes that one thread takes at a time; less than two of them are not shared
+constexpr int64_t STREAMED = 2 << 20;  // more than this is not left in the caches
 
 }  // namespace wr
 

@@ -10,7 +10,7 @@
 namespace wr {
 
 extern const Kernels WR_KERNELS;
-const Kernels WR_KERNELS = {WR_KERNELS_TEXT, prefetch_bytes, copy_bytes,  copy_grid,  checksum_words,
-                            crc32c,          encode_unit,    decode_unit, rotate_unit};
+const Kernels WR_KERNELS = {WR_KERNELS_TEXT, prefetch_bytes, copy_bytes,  stream_bytes, stream_end, copy_grid,
+                            checksum_words,  crc32c,         encode_unit, decode_unit,  rotate_unit};
 
 }  // namespace wr

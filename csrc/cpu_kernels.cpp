@@ -2,12 +2,6 @@
 #include "cpu_kernels.hpp"
 
 #include <initializer_list>
-
-#include "core/copy.hpp"
-
-#if defined(WR_WITH_X86)
-#include <cpuid.h>
-#endif
 #if defined(WR_WITH_NEON)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -57,17 +51,6 @@ const Kernels *kernels_of(int32_t isa) {
 const Kernels &best_kernels() {
     static const Kernels *const best = kernels_of(WR_ISA_BEST);
     return *best;
-}
-
-uint64_t string_copy_from() {
-#if defined(WR_WITH_X86) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-    const unsigned enhanced = 1u << 9, fast_short = 1u << 4;  // ERMS in EBX, FSRM in EDX (Intel SDM, CPUID leaf 7)
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__builtin_cpu_is("intel") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return WR_NO_STRING_COPY;
-    if (d & fast_short) return 256;
-    if (b & enhanced) return 2048;
-#endif
-    return WR_NO_STRING_COPY;
 }
 
 }  // namespace wr

@@ -11,8 +11,10 @@ struct Grid;
 struct Kernels {
     const char *name;
     void (*prefetch)(const uint8_t *bytes, uint64_t size, bool written);
-    void (*copy)(uint8_t *to, const uint8_t *from, uint64_t size, uint64_t string_from);
-    void (*copy_grid)(uint8_t *to, const uint8_t *from, const Grid &grid, uint64_t string_from);
+    void (*copy)(uint8_t *to, const uint8_t *from, uint64_t size);
+    void (*stream)(uint8_t *to, const uint8_t *from, uint64_t size);
+    void (*stream_end)();
+    void (*copy_grid)(uint8_t *to, const uint8_t *from, const Grid &grid);
     uint64_t (*checksum_words)(const uint8_t *bytes, uint64_t size, uint64_t first);
     uint32_t (*crc32c)(uint32_t crc, const uint8_t *bytes, uint64_t size);
     int (*encode)(const UnitShape &shape, int encoding, const uint8_t *content, int64_t token_stride, uint8_t *out);
@@ -26,9 +28,6 @@ const Kernels *kernels_of(int32_t isa);
 
 // The best of them.
 const Kernels &best_kernels();
-
-// From how many bytes on this processor's string copy is the fastest; WR_NO_STRING_COPY if it never is.
-uint64_t string_copy_from();
 
 }  // namespace wr
 

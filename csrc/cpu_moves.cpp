@@ -9,8 +9,7 @@ namespace wr {
 
 namespace {
 
-constexpr int AHEAD = 2;                 // pages that are announced before they are copied
-constexpr int64_t SUMMED = 32 << 10;     // bytes that are summed up while they are still in the first cache
+constexpr int64_t SUMMED = 32 << 10;  // bytes that are summed up while they are still in the first cache
 
 uint8_t *bytes_at(uint64_t address) { return reinterpret_cast<uint8_t *>(address); }
 
@@ -24,7 +23,7 @@ struct Move {
     const int64_t *starts;  // first page of each span, and the end
     const Rotation *rotation;
     int64_t unit_bytes;
-    uint64_t string_from;
+    bool stream;  // the job is larger than what caches should be filled with
     bool joined;  // the heads in range of a page are one run of bytes on both sides
     int64_t slices;
     std::atomic<int32_t> status;
@@ -70,7 +69,7 @@ class Cursor {
 // Joins copies that continue each other on both sides.
 struct Run {
     const Kernels &kernels;
-    uint64_t string_from;
+    bool stream;
     uint8_t *to = nullptr;
     const uint8_t *from = nullptr;
     uint64_t size = 0;
@@ -85,38 +84,42 @@ struct Run {
     }
 
     void flush() {
-        if (size > 0) kernels.copy(to, from, size, string_from);
+        if (size > 0) (stream ? kernels.stream : kernels.copy)(to, from, size);
         size = 0;
     }
 };
 
+// Pages that are announced before they are copied.
+int64_t pages_ahead(const Move &move) {
+    return move.joined ? runs_ahead((uint64_t)(move.range.heads * move.unit_bytes)) : 1;
+}
+
 void announce(const Move &move, const Page &page) {
+    if (move.stream) return;
     int64_t content = move.view.content_bytes, run = move.view.tokens * content;
-    if (move.joined || move.range.heads == 1 || move.view.head_stride < run) {
-        move.kernels.prefetch(page.cache, (uint64_t)(move.range.heads * run), move.call.load);
-        return;
-    }
-    for (int32_t head = 0; head < move.range.heads; ++head)
+    if (move.joined) run *= move.range.heads;
+    bool one = move.joined || (move.view.token_stride != content && move.view.tokens > 1);
+    int64_t runs = one ? 1 : runs_ahead((uint64_t)run);
+    for (int64_t head = 0; head < runs && head < move.range.heads; ++head)
         move.kernels.prefetch(page.cache + head * move.view.head_stride, (uint64_t)run, move.call.load);
 }
 
-// The units of a page that are not one run: token by token or head by head, as they follow each other in the cache.
+// The units of a page that are not one run: in the order of what is read, which is what the processor can foresee.
 void copy_units(const Move &move, const Page &page) {
     const wr_view &view = move.view;
     int64_t content = view.content_bytes, tokens = page.tokens.last - page.tokens.first;
     uint8_t *cache = page.cache + page.tokens.first * view.token_stride;
     uint8_t *packed = page.packed + page.tokens.first * content;
-    bool dense = view.token_stride == content || tokens == 1, tokens_outside = view.head_stride < view.token_stride;
-    Grid grid{move.range.heads, dense ? 1 : tokens, move.unit_bytes, content, view.head_stride, view.token_stride,
-              (uint64_t)(dense ? tokens * content : content)};
-    if (!dense && tokens_outside)
-        grid = Grid{tokens, move.range.heads, content, move.unit_bytes, view.token_stride, view.head_stride, grid.size};
-    if (!move.call.load) {
-        move.kernels.copy_grid(packed, cache, grid, move.string_from);
-        return;
-    }
-    Grid back{grid.outer, grid.inner, grid.from_outer, grid.from_inner, grid.to_outer, grid.to_inner, grid.size};
-    move.kernels.copy_grid(cache, packed, back, move.string_from);
+    bool dense = view.token_stride == content || tokens == 1, load = move.call.load;
+    int64_t heads = move.range.heads, unit = move.unit_bytes, size = dense ? tokens * content : content;
+    int64_t per_head[2] = {view.head_stride, unit}, per_token[2] = {view.token_stride, content};
+    const int64_t to = load ? 0 : 1, from = 1 - to;
+    Grid grid{heads,        dense ? 1 : tokens, per_head[to], per_token[to], per_head[from],
+              per_token[from], (uint64_t)size,    load,         move.stream};
+    if (!dense && per_token[from] > per_head[from])
+        grid = Grid{tokens,         heads,          per_token[to], per_head[to], per_token[from],
+                    per_head[from], (uint64_t)size, load,          move.stream};
+    move.kernels.copy_grid(load ? cache : packed, load ? packed : cache, grid);
 }
 
 void copy_page(const Move &move, const Page &page, int64_t slice, Run &run) {
@@ -166,7 +169,7 @@ uint64_t copy_summed(const Move &move, uint8_t *to, const uint8_t *from, int64_t
     for (int64_t at = 0; at < size; at += SUMMED) {
         uint64_t portion = (uint64_t)(size - at < SUMMED ? size - at : SUMMED);
         sum += move.kernels.checksum_words(from + at, portion, (uint64_t)(offset + at) / 8);
-        move.kernels.copy(to + at, from + at, portion, move.string_from);
+        (move.stream ? move.kernels.stream : move.kernels.copy)(to + at, from + at, portion);
     }
     return sum;
 }
@@ -205,10 +208,10 @@ void move_items(void *state, int64_t begin, int64_t end) {
     Move &move = *(Move *)state;
     int64_t page = begin / move.slices, slice = begin % move.slices, last = (end - 1) / move.slices;
     Cursor cursor(move, page), scout(move, page);
-    int64_t announced = page;
-    Run run{move.kernels, move.string_from};
+    int64_t announced = page, ahead = pages_ahead(move);
+    Run run{move.kernels, move.stream};
     for (int64_t item = begin;;) {
-        for (; announced < last && announced < page + AHEAD; ++announced) {
+        for (; announced < last && announced < page + ahead; ++announced) {
             scout.next();
             announce(move, scout.page());
         }
@@ -223,6 +226,7 @@ void move_items(void *state, int64_t begin, int64_t end) {
         cursor.next();
     }
     run.flush();
+    move.kernels.stream_end();
 }
 
 bool pages_joined(const wr_view &view, const wr_range &range) {
@@ -240,6 +244,11 @@ bool takes_everything(const MoveCall &call) {
 int64_t slices_of(const MoveCall &call, int64_t page_bytes) {
     bool can = call.encoding == WR_RAW && call.rotation == nullptr && pages_joined(*call.view, *call.range);
     return can && page_bytes > PIECE && takes_everything(call) ? (page_bytes + PIECE - 1) / PIECE : 1;
+}
+
+// Scatter alone gains by it, and what is rotated afterwards must stay in the caches until then.
+bool streams(const MoveCall &call, int64_t bytes) {
+    return call.load && bytes >= STREAMED && call.rotation == nullptr;
 }
 
 // Items per piece of work, so that pieces have about PIECE bytes.
@@ -293,9 +302,8 @@ int32_t move_blocks(wr_context &context, const MoveCall &call) {
     if (call.rotation != nullptr) factors = prepared(context, *call.rotation);
     int64_t size = page_bytes(view, *call.range), slices = slices_of(call, size);
     if (slices > 1 && call.checksums != nullptr) memset(call.checksums, 0, (size_t)pages * sizeof *call.checksums);
-    Move move{*context.kernels,    view, *call.range,         call,
-              context.starts.data(), call.rotation != nullptr ? &factors : nullptr, unit, context.string_from,
-              pages_joined(view, *call.range), slices, {WR_OK}};
+    Move move{*context.kernels, view,   *call.range, call, context.starts.data(), call.rotation != nullptr ? &factors : nullptr,
+              unit,             streams(call, pages * size), pages_joined(view, *call.range), slices, {WR_OK}};
     context.helpers.run(Job{move_items, &move, pages * slices, slices > 1 ? 1 : items_per_piece(size)});
     int32_t status = move.status.load();
     return status == WR_OK ? WR_OK : refuse(context.reason, status, "%s", explanation(status));
@@ -328,10 +336,11 @@ void rotate_pages(void *state, int64_t begin, int64_t end) {
     }
 }
 
+constexpr int64_t BATCH_AHEAD = 2;
+
 // Copies, seen as one run of bytes: copy i is bytes [starts[i], starts[i + 1]).
 struct Batch {
     const Kernels &kernels;
-    uint64_t string_from;
     const uint64_t *targets, *sources;
     const int64_t *starts;
     int64_t count;
@@ -352,18 +361,19 @@ int64_t copy_at(const Batch &batch, int64_t byte) {
 
 void copy_some(void *state, int64_t begin, int64_t end) {
     Batch &batch = *(Batch *)state;
-    Run run{batch.kernels, batch.string_from};
+    Run run{batch.kernels, false};
     for (int64_t i = copy_at(batch, begin); begin < end; ++i) {
-        if (i + AHEAD < batch.count) {
-            uint64_t ahead = (uint64_t)(batch.starts[i + AHEAD + 1] - batch.starts[i + AHEAD]);
-            batch.kernels.prefetch(bytes_at(batch.sources[i + AHEAD]), ahead, false);
-            batch.kernels.prefetch(bytes_at(batch.targets[i + AHEAD]), ahead, true);
+        if (i + BATCH_AHEAD < batch.count) {
+            uint64_t ahead = (uint64_t)(batch.starts[i + BATCH_AHEAD + 1] - batch.starts[i + BATCH_AHEAD]);
+            batch.kernels.prefetch(bytes_at(batch.sources[i + BATCH_AHEAD]), ahead, false);
+            batch.kernels.prefetch(bytes_at(batch.targets[i + BATCH_AHEAD]), ahead, true);
         }
         int64_t within = begin - batch.starts[i], stop = batch.starts[i + 1] < end ? batch.starts[i + 1] : end;
         run.add(bytes_at(batch.targets[i]) + within, bytes_at(batch.sources[i]) + within, (uint64_t)(stop - begin));
         begin = stop;
     }
     run.flush();
+    batch.kernels.stream_end();
 }
 
 }  // namespace
@@ -399,7 +409,7 @@ int32_t copy_batch(wr_context &context, const uint64_t *targets, const uint64_t 
             return refuse(reason, WR_INVALID, "copy %lld has no memory, or leaves the address space", (long long)i);
         context.starts.push_back(end);
     }
-    Batch batch{*context.kernels, context.string_from, targets, sources, context.starts.data(), count};
+    Batch batch{*context.kernels, targets, sources, context.starts.data(), count};
     context.helpers.run(Job{copy_some, &batch, context.starts.back(), PIECE});
     return WR_OK;
 }
