@@ -23,6 +23,7 @@ from worker_connector.tiers.disk_space import Space
 
 _PATIENCE_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
+_LISTED_AT_ONCE = 256
 _ADDED_AT_ONCE = 64
 _HEADERS_AT_ONCE = 32
 _BREATH_SECONDS = 0.0005
@@ -74,12 +75,15 @@ class Keeper:
     # ---- the first listing --------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
+        listed = 0
         for area in range(REST + 1):
             if self._stop.is_set():
                 return
             self._seen[area] = self._changed(area)
             self._space.recount(area, self._patience())
-            if self._seen[area]:
+            listed += len((self._space.first_scan or {}).get(area, ()))
+            if listed >= _LISTED_AT_ONCE:
+                listed = 0
                 time.sleep(_BREATH_SECONDS)
         self._take_over()
         self._over = True
