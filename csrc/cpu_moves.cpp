@@ -258,14 +258,21 @@ int64_t page_bytes(const wr_view &view, const wr_range &range) {
     return range.heads * (int64_t)view.tokens * view.content_bytes;
 }
 
+// Kept apart, so that no conversion moves out of the plain float environment that its caller sets.
+__attribute__((noinline)) void round_factors(const wr_rotation &rotation, float *factors) {
+    for (int32_t i = 0; i < rotation.count; ++i) {
+        factors[i] = (float)rotation.cosines[i];
+        factors[rotation.count + i] = (float)rotation.sines[i];
+    }
+}
+
 // The wr_rotation in both precisions; the floats live in the context until its next call.
 Rotation prepared(wr_context &context, const wr_rotation &rotation) {
     size_t count = (size_t)rotation.count;
     context.factors.resize(2 * count);
-    for (size_t i = 0; i < count; ++i) {
-        context.factors[i] = (float)rotation.cosines[i];
-        context.factors[count + i] = (float)rotation.sines[i];
-    }
+    const uint64_t mode = plain_floats();
+    round_factors(rotation, context.factors.data());
+    restore_floats(mode);
     const float *factors = context.factors.data();
     return Rotation{factors,        factors + count,        rotation.cosines,    rotation.sines,
                     rotation.count, rotation.rotary_offset, rotation.interleaved};

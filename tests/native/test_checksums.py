@@ -61,6 +61,24 @@ def test_pages_of_a_gather_and_of_a_scatter(rig: Rig, data: st.DataObject) -> No
     assert again.checksums == outcome.checksums
 
 
+@pytest.mark.parametrize("page", [8, 65_528, 262_144, 1_000_008, 1_048_576, 2_097_157])
+def test_large_pages_that_threads_share(rigs: list[Rig], page: int) -> None:
+    view = layouts.regions([64, 64 + 2 * page], page, page, 2, 64 + 4 * page)
+    span = oracle.Span((1, 0), 0, 2)
+    part = oracle.whole(view, 2)
+    for rig in rigs:
+        made = stage(rig, view, [oracle.packed_bytes(view, part, span)], seed=page)
+        stored = rig.gather(view, made.cache, part, [(span, made.packed[0])], checksums=True)
+        oracle.gather(made.cache_image, view, part, span, made.packed_images[0])
+        made.check()
+        assert stored.checksums == oracle.page_checksums(view, part, span, made.packed_images[0], abi.RAW)
+        made.cache.fill(noise(3, view.size))
+        loaded = rig.scatter(view, made.cache, part, [(span, made.packed[0])], checksums=True)
+        assert loaded.checksums == stored.checksums
+        made.cache_image[:64] = noise(3, view.size)[:64]
+        made.check()
+
+
 def test_checksums_of_parts_of_spans_are_refused(rig: Rig) -> None:
     view = layouts.dense("LBHNC", Shape())
     span = oracle.Span((1, 2), 0, 2)

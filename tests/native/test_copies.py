@@ -96,7 +96,7 @@ LARGE = Shape(layers=3, blocks=40, heads=8, tokens=16, k=64, v=64)
 def test_work_that_is_worth_two_threads(rigs: list[Rig], order: str) -> None:
     view = layouts.dense(order, LARGE)
     blocks = np.random.default_rng(5).permutation(LARGE.blocks).tolist()
-    chosen = [oracle.Span(tuple(blocks[:16]), 0, 16), oracle.Span(tuple(range(30, 38)), 3, 16)]
+    chosen = [oracle.Span(tuple(blocks[:16]), 0, 16), oracle.Span(tuple(blocks[16:24]), 3, 16)]
     part = oracle.Range(0, 8, 0, 8, 0, 8 * 16)
     for rig in rigs:
         check_gather(rig, view, part, chosen, seed=1)
@@ -211,6 +211,9 @@ OUTSIDE = {
     "packed block past the last": (VIEW, PART, replace(SPAN, first=3)),
     "packed block below zero": (VIEW, PART, replace(SPAN, first=-1)),
     "fewer packed blocks": (VIEW, PART, replace(SPAN, packed_blocks=2)),
+    "least packed blocks": (VIEW, PART, replace(SPAN, packed_blocks=-(2**31))),
+    "least packed heads": (VIEW, replace(PART, packed_heads=-(2**31)), SPAN),
+    "least heads": (VIEW, replace(PART, heads=-(2**31)), SPAN),
     "packed blocks that overflow": (VIEW, PART, replace(SPAN, first=2**31 - 1)),
     "allocation that ends early": (replace(VIEW, size=VIEW.at(1, 4, 2, 3) + VIEW.content - 1), PART, SPAN),
     "layer before the allocation": (replace(VIEW, layers=(-1, VIEW.layers[1])), PART, SPAN),
