@@ -26,11 +26,22 @@ from worker_connector.config_values import (
     port,
     positive,
     seconds,
+    short_seconds,
     size,
     text,
+    urls,
 )
 from worker_connector.errors import ConfigurationError
 from worker_connector.eviction import POLICIES
+
+STAGING_BYTES = 256 << 20
+"""What lower tiers pass through where there is no CPU tier of its own."""
+
+DEFAULT_DISK_PATH = "~/.cache/warmroute/chunks"
+"""Where the disk tier is that is switched on without a place."""
+
+OBJECT_CODECS = ("raw", "zstd", "lz4")
+"""How chunks may be kept in lower tiers."""
 
 _PREFIXES = ("warmroute.", "lmcache.")
 _LMCACHE_PROCESS_NAMES = frozenset({"config_file", "log_level", "use_experimental", "force_skip_save", "track_usage"})
@@ -59,6 +70,22 @@ class ConnectorConfig:
     eviction_policy: str = "lru"
     min_load_tokens: int = 0
     load_or_compute: bool = True
+    enable_disk: bool = False
+    disk_path: str = ""
+    disk_bytes: int = 20 << 30
+    disk_eviction_policy: str = "lru"
+    disk_codec: str = "raw"
+    disk_timeout: float = 2.0
+    disk_fsync: bool = False
+    enable_remote: bool = False
+    remote_url: str = field(default="", repr=False)
+    replicas: int = 1
+    remote_codec: str = "raw"
+    remote_timeout: float = 2.0
+    lookup_timeout: float = 0.2
+    write_policy: str = "through"
+    write_admission: str = "always"
+    ttl: int = 0
     lower_tier_patience: float = 5.0
     model_name: str = ""
     report_host: str = "127.0.0.1"
@@ -88,13 +115,32 @@ class ConnectorConfig:
             values["cpu_ratio"] = DEFAULT_CPU_RATIO
         if values.get("cpu_ratio") is not None:
             values["cpu_bytes"] = None
-        return cls(**values, report_port_is_default="report_port" not in values)
+        return cls(**_completed(values), report_port_is_default="report_port" not in values)
+
+    @property
+    def has_lower_tiers(self) -> bool:
+        """Whether there is a tier below the CPU tier."""
+        return self.enable_disk or self.enable_remote
 
     def cpu_budget(self, gpu_bytes: int) -> int:
-        """Bytes of the CPU tier over all ranks, for an engine whose GPU KV cache has ``gpu_bytes``; 0 without one."""
+        """Bytes of the CPU tier over all ranks, for an engine whose GPU KV cache has ``gpu_bytes``; 0 without one. What
+        lower tiers have passes through it, so with one of them it is never without any."""
         if not self.enable_cpu:
-            return 0
+            return STAGING_BYTES if self.has_lower_tiers else 0
         return self.cpu_bytes if self.cpu_bytes is not None else int(gpu_bytes * (self.cpu_ratio or 0.0))
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """With the tiers on that a path or a URL asks for.
+
+    Raises:
+        ConfigurationError: the remote tier is on and names no store.
+    """
+    if values.setdefault("enable_disk", bool(values.get("disk_path"))) and not values.get("disk_path"):
+        values["disk_path"] = DEFAULT_DISK_PATH
+    if values.setdefault("enable_remote", bool(values.get("remote_url"))) and not values.get("remote_url"):
+        raise ConfigurationError("the remote tier is on, but names no store: set remote_url")
+    return values
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -110,6 +156,22 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "eviction_policy": choice(*POLICIES),
     "min_load_tokens": non_negative,
     "load_or_compute": boolean,
+    "enable_disk": boolean,
+    "disk_path": optional_text,
+    "disk_bytes": size,
+    "disk_eviction_policy": choice(*POLICIES),
+    "disk_codec": choice(*OBJECT_CODECS),
+    "disk_timeout": seconds,
+    "disk_fsync": boolean,
+    "enable_remote": boolean,
+    "remote_url": urls,
+    "replicas": positive,
+    "remote_codec": choice(*OBJECT_CODECS),
+    "remote_timeout": seconds,
+    "lookup_timeout": short_seconds,
+    "write_policy": choice("through", "back"),
+    "write_admission": choice("always", "second-touch"),
+    "ttl": non_negative,
     "lower_tier_patience": seconds,
     "model_name": text,
     "report_host": text,

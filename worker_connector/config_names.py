@@ -21,6 +21,27 @@ def _local_device(value: Any) -> dict[str, Any]:
     return {"enable_cpu": True, "local_device": value}
 
 
+def _local_disk(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and ("/" in value or value.startswith("~")):
+        return {"disk_path": value}
+    return {"enable_disk": value}
+
+
+def _disk_gigabytes(value: Any) -> dict[str, Any]:
+    return {"disk_bytes": gibibytes(value)}
+
+
+def _compression(value: Any) -> dict[str, Any]:
+    word = str(value or "none").strip().lower()
+    codec = "raw" if word in ("none", "false", "null") else word
+    return {"disk_codec": codec, "remote_codec": codec}
+
+
+def _serde(value: Any) -> dict[str, Any]:
+    word = str(value or "naive").strip().lower()
+    return {"remote_codec": "raw" if word in ("none", "naive", "msgpack") else word}
+
+
 ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "local_cpu": _renamed("enable_cpu"),
     "max_local_cpu_size": _cpu_gigabytes,
@@ -29,6 +50,13 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "cpu_bytes_to_use": _renamed("cpu_bytes"),
     "cache_policy": _renamed("eviction_policy"),
     "min_retrieve_tokens": _renamed("min_load_tokens"),
+    "enable_disk_cache": _renamed("enable_disk"),
+    "disk_cache_path": _renamed("disk_path"),
+    "local_disk": _local_disk,
+    "max_local_disk_size": _disk_gigabytes,
+    "enable_remote_cache": _renamed("enable_remote"),
+    "remote_serde": _serde,
+    "compression": _compression,
 }
 """Foreign name -> reader that gives native settings."""
 
@@ -58,14 +86,30 @@ SECTIONS: dict[str, dict[str, str]] = {
         "queue_bytes": "report_queue_bytes",
         "max_readers": "report_max_readers",
     },
-    "disk": {"enabled": "enable_disk_cache", "path": "disk_cache_path"},
+    "disk": {
+        "enabled": "enable_disk",
+        "path": "disk_path",
+        "bytes": "disk_bytes",
+        "eviction_policy": "disk_eviction_policy",
+        "codec": "disk_codec",
+        "timeout": "disk_timeout",
+        "fsync": "disk_fsync",
+    },
     "local_disk": {
         "enabled": "enable_disk_cache",
         "path": "disk_cache_path",
         "buffer_size_gb": "max_local_disk_size",
         "max_size_gb": "max_local_disk_size",
     },
-    "remote": {"enabled": "enable_remote_cache", "url": "remote_url", "serde": "remote_serde"},
+    "remote": {
+        "enabled": "enable_remote",
+        "url": "remote_url",
+        "replicas": "replicas",
+        "codec": "remote_codec",
+        "serde": "remote_serde",
+        "timeout": "remote_timeout",
+        "lookup_timeout": "lookup_timeout",
+    },
 }
 """Section of the grouped form -> its keys -> the flat names they stand for."""
 
@@ -79,20 +123,7 @@ class Absent(NamedTuple):
     unless: str = ""
 
 
-_TIERS = "tiers available here: gpu, cpu"
-_NO_DISK = f"there is no disk tier: {_TIERS}"
-_NO_REMOTE = f"there is no remote tier: {_TIERS}"
-
 ABSENT: dict[str, Absent] = {
-    "enable_disk_cache": Absent(_NO_DISK),
-    "disk_cache_path": Absent(_NO_DISK, unless="enable_disk_cache"),
-    "local_disk": Absent(_NO_DISK),
-    # LMCache files carry a size without a disk; it is the disk itself that asks.
-    "max_local_disk_size": Absent(_NO_DISK, unless="local_disk"),
-    "enable_remote_cache": Absent(_NO_REMOTE),
-    "remote_url": Absent(_NO_REMOTE, unless="enable_remote_cache"),
-    "remote_serde": Absent("available here: naive, msgpack (both raw)", ("none", "", "naive", "msgpack", "raw")),
-    "compression": Absent("available here: none"),
     "retrieval_mode": Absent("available here: exact", ("exact", "")),
     "cache_warmup": Absent("caches are not warmed up at start: leave it false"),
     "async_write": Absent("saves are always asynchronous: leave it true", (True, 1, "")),
@@ -103,8 +134,7 @@ ABSENT: dict[str, Absent] = {
     "save_decode_cache": Absent("generated tokens are always saved: leave it true", (True, 1, "")),
     "save_unfull_chunk": Absent("only whole chunks are kept: leave it false"),
     "enable_blending": Absent("caches are exact, never blended: leave it false"),
-    "enable_p2p": Absent(_NO_REMOTE),
-    "ttl": Absent("entries live until they are evicted: leave it 0"),
+    "enable_p2p": Absent("engines exchange chunks through a shared store: set remote_url"),
     "nixl_backends": Absent("transfers between engines are not part of this connector: use vLLM's NixlConnector"),
 }
 

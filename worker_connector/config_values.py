@@ -77,6 +77,21 @@ def seconds(value: Any) -> float:
     return amount
 
 
+def short_seconds(value: Any) -> float:
+    amount = _number(value, "a number of seconds")
+    if not 0.001 <= amount <= 60:
+        raise ValueError("it must be between 0.001 and 60 seconds")
+    return amount
+
+
+def urls(value: Any) -> str:
+    """Several of them, given as a list or separated by blanks, as one text; empty for none."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, str) for each in given):
+        raise ValueError("it must be a URL, or a list of them")
+    return " ".join(each.strip() for each in given if each.strip())
+
+
 def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("it must be a text that is not empty")

@@ -88,7 +88,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
         else:
             parallel = vllm_config.parallel_config
-            self._worker = WorkerHalf(config, kv_cache_config, parallel, type(self).make_copier)
+            self._worker = WorkerHalf(config, kv_cache_config, parallel, type(self).make_copier, vllm_config)
 
     @property
     def requires_kv_delivery(self) -> bool:

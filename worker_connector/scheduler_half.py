@@ -8,19 +8,22 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from kv_protocol.hashing import HASH_BYTES
-from kv_protocol.identity import GroupGeometry, Identity
+from kv_protocol.identity import Identity
 from kv_protocol.messages import Hello, TierInfo, unpack
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import UnsupportedCache
 from worker_connector.eviction import POLICIES
 from worker_connector.geometry import Group, describe_groups
 from worker_connector.gpu_tier import GpuTier
+from worker_connector.identity import identity_of, shape_of
 from worker_connector.ledger import CPU, GPU, Ledger
+from worker_connector.lookups import Lookups
 from worker_connector.plan import StepPlan, WorkerReport
 from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.report_server import ReportServer, Timing
 from worker_connector.stats import Counts, Stats
+from worker_connector.tier_stores import open_stores, rules_of
 
 GAUGE_SECONDS = 0.5
 """Gauges are looked at this often while no counter moves."""
@@ -50,6 +53,7 @@ class SchedulerHalf:
         self._manager: Any = None
         self._gauges_due = 0.0
         self._held: dict[str, int] = {}
+        self._lookups: Lookups | None = None
         self.planner = Planner(
             config,
             self.ledger,
@@ -61,6 +65,7 @@ class SchedulerHalf:
             may_save=may_save and self._layout is not None,
             stats=self.stats,
             gpu_usage=self._gpu_usage,
+            tiers=rules_of(config) if self._layout is not None else (),
         )
 
     def bind(self, manager: Any) -> None:
@@ -75,6 +80,7 @@ class SchedulerHalf:
         """Size the CPU tier to what every rank has, and open the report port."""
         self.ledger.set_capacity(min(slots, default=0))
         self._start_server()
+        self._look_below()
 
     def plan_step(self, output: Any) -> StepPlan:
         """The step's plan for the workers."""
@@ -108,7 +114,10 @@ class SchedulerHalf:
         return self.stats.take()
 
     def close(self) -> None:
-        """Close the report port. Safe to call more than once."""
+        """Close the report port and end the look-ups. Safe to call more than once."""
+        lookups, self._lookups = self._lookups, None
+        if lookups is not None:
+            lookups.close()
         server, self._server = self._server, None
         if server is not None:
             server.close()
@@ -170,23 +179,20 @@ class SchedulerHalf:
         )
 
     def _identity(self) -> Identity:
-        model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
-        groups = tuple(
-            GroupGeometry(
-                group.kind,
-                group.block_size,
-                self._layout.block_bytes(group.index) if self._layout else 0,
-                len(self._cache.kv_cache_groups[group.index].layer_names),
-            )
-            for group in self._groups
-        )
-        return Identity(
-            weights=f"{model.model}@{getattr(model, 'revision', None) or ''}",
-            kv_dtype=str(self._vllm_config.cache_config.cache_dtype),
-            layout=str(getattr(self._cache, "kv_cache_layout", None) or ""),
-            groups=groups,
-            tensor_parallel=parallel.tensor_parallel_size,
-            pipeline_parallel=parallel.pipeline_parallel_size,
+        return identity_of(self._vllm_config, self._cache, self._groups, self._layout)
+
+    def _look_below(self) -> None:
+        """Begin to look up chunks in the lower tiers."""
+        if self._layout is None or not self.config.has_lower_tiers or self._lookups is not None:
+            return
+        shape = shape_of(self.config, self._vllm_config, self._cache, self._groups, self._layout, rank=0)
+        ranks = [shape._replace(rank=rank) for rank in range(shape.ranks)]
+        self._lookups = self.planner.lower.asks = Lookups(
+            self.ledger,
+            open_stores(self.config),
+            lambda chunk: [rank.key(chunk) for rank in ranks],
+            timeout=self.config.lookup_timeout,
+            found=self.planner.publish_found,
         )
 
     def _operations(self) -> dict[str, Any]:

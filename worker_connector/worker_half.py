@@ -11,12 +11,15 @@ import torch
 from worker_connector.config import ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable, UnsupportedCache
-from worker_connector.geometry import describe_groups
+from worker_connector.geometry import Group, describe_groups
+from worker_connector.identity import shape_of
 from worker_connector.movers import Transfers, stream_for
 from worker_connector.placement import node_of_cpus, node_of_gpu
-from worker_connector.plan import SaveJob, StepPlan, WorkerReport
+from worker_connector.plan import SaveJob, StepPlan, TierResult, WorkerReport
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.slab import Slab
+from worker_connector.tier_movers import TierMovers
+from worker_connector.tier_stores import open_stores, tiers_of
 
 IDLE_WAIT_SECONDS = 0.005
 """How long a step without a forward waits for loads, so that they are reported in it and not in a later one."""
@@ -36,13 +39,22 @@ class LoadResults:
 class WorkerHalf:
     """One rank's part. Until ``register`` it has no slots; it keeps none when the KV cache cannot be stored.
 
-    ``make_copier`` stands in for ``Copier`` where a test wants copies that go wrong.
+    ``make_copier`` stands in for ``Copier`` where a test wants copies that go wrong. Without a ``vllm_config`` there
+    are no lower tiers.
     """
 
     def __init__(
-        self, config: ConnectorConfig, cache: Any, parallel: Any, make_copier: Callable[..., Copier] = Copier
+        self,
+        config: ConnectorConfig,
+        cache: Any,
+        parallel: Any,
+        make_copier: Callable[..., Copier] = Copier,
+        vllm_config: Any = None,
     ) -> None:
         self.slots = 0
+        self._vllm_config = vllm_config
+        self._tiers: TierMovers | None = None
+        self._refused: dict[int, TierResult] = {}
         self._config = config
         self._cache = cache
         self._parallel = parallel
@@ -80,7 +92,9 @@ class WorkerHalf:
             self._transfers.settle(plan.settle)
 
     def load(self, plan: StepPlan) -> None:
-        """Begin the step's loads; in a step without a forward, wait for them for a moment."""
+        """Begin the step's loads and transfers of lower tiers; in a step without a forward, wait for a moment."""
+        if plan.tiers:
+            self._submit(plan)
         if self._transfers is None or not (plan.loads or plan.idle):
             return
         for job in plan.loads:
@@ -88,6 +102,8 @@ class WorkerHalf:
         self._transfers.load(plan.loads)
         if plan.idle:
             self._transfers.wait_for_loads(IDLE_WAIT_SECONDS)
+            if self._tiers is not None:
+                self._tiers.wait_for_fetches(IDLE_WAIT_SECONDS)
 
     def save(self, plan: StepPlan) -> None:
         """After the forward: begin the step's saves."""
@@ -108,14 +124,22 @@ class WorkerHalf:
         """What the scheduler half must know; None when there is nothing."""
         transfers, step = self._transfers, self._timed_step
         told = transfers is not None and transfers.has_report
-        if not step and not told:
+        below = self._refused or (self._tiers is not None and self._tiers.has_results)
+        if not step and not told and not below:
             return None
         report = transfers.take_report() if transfers is not None and told else WorkerReport()
         report.step, self._timed_step = step, 0
+        if below:
+            report.tiers, self._refused = self._refused, {}
+            if self._tiers is not None:
+                report.tiers |= self._tiers.take()
         return report
 
     def close(self) -> None:
         """End the threads and give the slab back. Safe to call more than once."""
+        tiers, self._tiers = self._tiers, None
+        if tiers is not None:
+            tiers.close()
         transfers, self._transfers = self._transfers, None
         if transfers is not None and not transfers.close():
             _log.error("A transfer did not end; its memory is left to the operating system")
@@ -143,7 +167,7 @@ class WorkerHalf:
                 )
             return
         try:
-            self._build(buffer, layout, slots)
+            self._build(buffer, layout, slots, groups)
         except NativeUnavailable as error:
             raise NativeUnavailable(f"{error}. To run without a CPU tier, set enable_cpu to false") from error
         self.slots = slots
@@ -156,7 +180,14 @@ class WorkerHalf:
             ", checksums are compared" if self._config.verify else "",
         )
 
-    def _build(self, buffer: torch.Tensor, layout: SlotLayout, slots: int) -> None:
+    def _submit(self, plan: StepPlan) -> None:
+        if self._tiers is not None:
+            self._tiers.submit(plan.tiers)
+            return
+        for job in plan.tiers:
+            self._refused[job.job] = TierResult(failed=dict.fromkeys((piece.chunk for piece in job.pieces), "closed"))
+
+    def _build(self, buffer: torch.Tensor, layout: SlotLayout, slots: int, groups: Sequence[Group]) -> None:
         config, device = self._config, buffer.device
         node = _near(device) if config.numa_node is None else config.numa_node
         slab = Slab(slots, layout.slot_bytes, device=device, node=node, huge=config.huge_pages)
@@ -164,6 +195,10 @@ class WorkerHalf:
         copier = self._make_copier(buffer, slab.bytes, layout, threads=config.copy_threads, verify=config.verify)
         self._transfers = Transfers(copier, lambda: stream_for(device))
         self._slab = slab
+        if config.has_lower_tiers and self._vllm_config is not None:
+            shape = shape_of(config, self._vllm_config, self._cache, groups, layout, rank=self._parallel.rank)
+            memory = memoryview(slab.bytes.numpy())
+            self._tiers = TierMovers(tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape)
 
 
 def _near(device: torch.device) -> int:

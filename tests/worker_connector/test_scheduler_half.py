@@ -11,10 +11,13 @@ from worker_connector.scheduler_half import SchedulerHalf
 @pytest.fixture
 def half() -> Iterator[SchedulerHalf]:
     """The part of an engine without a KV cache that could be stored; its report port is open."""
-    model = SimpleNamespace(served_model_name="m", model="m", max_model_len=64)
+    model = SimpleNamespace(served_model_name="m", model="m", max_model_len=64, dtype="bfloat16", seed=0)
     parallel = SimpleNamespace(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1)
     vllm = SimpleNamespace(
-        model_config=model, parallel_config=parallel, cache_config=SimpleNamespace(block_size=16, cache_dtype="auto")
+        model_config=model,
+        parallel_config=parallel,
+        cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
+        load_config=SimpleNamespace(load_format="dummy"),
     )
     cache = SimpleNamespace(kv_cache_groups=[], kv_cache_tensors=[], num_blocks=64)
     made = SchedulerHalf(ConnectorConfig(report_port=0), vllm, cache, may_load=False, may_save=False)
