@@ -68,7 +68,7 @@ static inline __m512i checksum_mix8(__m512i word, __m512i key) {
 }
 
 static inline uint64_t checksum_words(const uint8_t *bytes, uint64_t size, uint64_t first) {
-    uint64_t keys[8], done = size & ~(uint64_t)127;
+    uint64_t keys[8], sums[8], sum = 0, done = size & ~(uint64_t)127;
     for (uint64_t i = 0; i < 8; ++i) keys[i] = checksum_key(first + i);
     const __m512i step = _mm512_set1_epi64((long long)(8 * WR_MIX_STEP)), both = _mm512_add_epi64(step, step);
     __m512i even_key = _mm512_loadu_si512(keys), odd_key = _mm512_add_epi64(even_key, step);
@@ -79,7 +79,8 @@ static inline uint64_t checksum_words(const uint8_t *bytes, uint64_t size, uint6
         even_key = _mm512_add_epi64(even_key, both);
         odd_key = _mm512_add_epi64(odd_key, both);
     }
-    uint64_t sum = (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(even, odd));
+    _mm512_storeu_si512(sums, _mm512_add_epi64(even, odd));
+    for (uint64_t each : sums) sum += each;
     return sum + checksum_tail(bytes + done, size - done, first + done / 8);
 }
 
