@@ -7,7 +7,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 STAMPS := .venv/.stamps
-SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed') pyproject.toml README.md
+SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed') pyproject.toml README.md \
+	CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test check unit clean
 
@@ -15,7 +16,7 @@ demo: $(STAMPS)/package
 	$(BIN)/pip install --quiet openai
 	$(BIN)/warmroute demo $(ARGS)
 
-test: check $(STAMPS)/engine $(STAMPS)/bench
+test: check $(STAMPS)/engine $(STAMPS)/servers $(STAMPS)/bench
 	cd $(STAMPS)/bench && ../../bin/python -m pytest $(ARGS)
 
 check: $(STAMPS)/tools
@@ -23,7 +24,7 @@ check: $(STAMPS)/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(STAMPS)/tools $(STAMPS)/bench
+unit: $(STAMPS)/tools $(STAMPS)/servers $(STAMPS)/bench
 	cd $(STAMPS)/bench && ../../bin/python -m pytest -m 'not engine' $(ARGS)
 
 # The tests run from a copy, so that what they import is the installed package and not the sources beside them.
@@ -40,7 +41,14 @@ $(STAMPS)/venv:
 		{ echo "cannot make a virtual environment: install python3-venv (Debian: apt-get install python3-venv)"; exit 1; }
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/package: $(STAMPS)/venv $(SOURCES)
+# CMake and Ninja come from PyPI where they are missing; a C++ compiler does not.
+$(STAMPS)/compiler: | $(STAMPS)/venv
+	@{ command -v "$${CXX:-c++}" || command -v g++ || command -v clang++; } > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && apt-get install -qq -y g++; } || \
+		{ echo "the native core needs a C++ compiler: install one (Debian: apt-get install g++), or name one in CXX"; exit 1; }
+	touch $@
+
+$(STAMPS)/package: $(STAMPS)/venv $(STAMPS)/compiler $(SOURCES)
 	$(BIN)/pip install --quiet .
 	touch $@
 
@@ -50,6 +58,14 @@ $(STAMPS)/tools: $(STAMPS)/package
 
 $(STAMPS)/engine: $(STAMPS)/package
 	$(BIN)/python -m router.demo_fleet
+	touch $@
+
+# Servers that tests of stores start; without them those tests are skipped and say so.
+$(STAMPS)/servers: $(STAMPS)/venv
+	@command -v redis-server > /dev/null && ldconfig -p | grep -q libibverbs || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server libibverbs1; } || \
+		echo "no redis-server or libibverbs here: tests of remote stores will be skipped"
 	touch $@
 
 clean:
