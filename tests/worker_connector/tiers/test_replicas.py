@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -156,6 +156,35 @@ def test_a_slow_member_is_overtaken_and_cannot_write_any_more(groups: list[Group
     time.sleep(0.1)
     assert all(bytes(room) == b"\xff" * 64 for room in rooms)
     assert group.store.figures["hedges"] == 1
+
+
+def test_who_was_overtaken_does_not_write_while_others_are_waited_for(groups: list[Group]) -> None:
+    group = make(groups, hedge=0.05)
+    mine = next(key for key in KEYS if group.home(key)[0] == "a")
+    slow = next(key for key in KEYS if group.home(key)[0] == "b")
+    group.store.put([mine, slow], [Source(value(mine)), Source(value(slow))], soon())
+    for inner in group.inner.values():
+        plain = inner._get
+
+        def late(key: str, sink: Sink, plain: Callable[[str, Sink], Outcome] = plain) -> Outcome:
+            if key == slow:
+                time.sleep(0.5)
+            return plain(key, sink)
+
+        inner._get = late  # type: ignore[method-assign]
+    group.inner["a"].hang()
+    rooms = [bytearray(64), bytearray(64)]
+    getter = threading.Thread(target=wait_for, args=(group.store, [mine, slow], rooms))
+    getter.start()
+    time.sleep(0.2)
+    group.inner["a"].held[mine] = b"X" * 64
+    group.inner["a"].release()
+    getter.join(5)
+    assert bytes(rooms[0]).rstrip(b"\0") == value(mine)
+
+
+def wait_for(store: Store, keys: list[str], rooms: list[bytearray]) -> None:
+    store.get(keys, [Sink(room) for room in rooms], soon())
 
 
 def test_all_dead_is_one_error_and_missing_is_not_failed(groups: list[Group]) -> None:
