@@ -146,6 +146,11 @@ class Copier:
         if self._sums is not None:
             self._sums.record(receipts)
 
+    def forget(self, slots: Iterable[int]) -> None:
+        """Compare no more what these slots hold, until they are saved to: it comes from elsewhere."""
+        if self._sums is not None:
+            self._sums.forget(slots)
+
     def damaged(self, receipts: Iterable[Receipt]) -> set[int]:
         """Slots whose bytes were loaded but are not those that were saved. The copies are done."""
         return self._sums.damaged(receipts) if self._sums is not None else set()
@@ -187,20 +192,27 @@ class Copier:
 
 
 class _SlotSums:
-    """The checksum of every page of every slot."""
+    """The checksum of every page of every slot, and which slots it is known of."""
 
     def __init__(self, slots: int, layout: SlotLayout) -> None:
+        self._known = [False] * slots
         self._by_set: list[list[Any]] = [
             [np.zeros((slots, len(kind.offsets), blocks), np.int64) for kind in sets]
             for sets, blocks in zip(layout.sets, layout.blocks_per_chunk, strict=True)
         ]
 
     def record(self, receipts: Iterable[Receipt]) -> None:
-        for held, sums, _ in self._pairs(receipts):
+        for held, sums, slot in self._pairs(receipts):
             held[...] = sums
+            self._known[slot] = True
+
+    def forget(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._known[slot] = False
 
     def damaged(self, receipts: Iterable[Receipt]) -> set[int]:
-        return {slot for held, sums, slot in self._pairs(receipts) if not np.array_equal(held, sums)}
+        pairs = self._pairs(receipts)
+        return {slot for held, sums, slot in pairs if self._known[slot] and not np.array_equal(held, sums)}
 
     def _pairs(self, receipts: Iterable[Receipt]) -> Iterator[tuple[Any, Any, int]]:
         """What is held of a span, what its copy found, and its slot."""

@@ -194,6 +194,10 @@ class Transfers:
         save = _Save(job, self._saver.stream.mark(), slots, conflicts)
         self._saver.submit(lambda: self._run_save(save))
 
+    def expect_others(self, slots: Iterable[int]) -> None:
+        """Somebody else writes to these slots from now on, and answers for their bytes until a save fills them again."""
+        self._copier.forget(slots)
+
     def settle(self, jobs: Iterable[int]) -> None:
         """Return when these saves have read their blocks. Jobs that ended, or were never begun, do not count. What
         takes longer than ``_SETTLE_SECONDS`` is given up: the engine goes on, and the save is reported as failed."""
@@ -416,7 +420,7 @@ class _Mover:
 
     def _run(self) -> None:
         try:
-            roam(self._lane.on_host)
+            roam(on_host=self._lane.on_host)
             self._lane.open()
         except Exception as error:  # noqa: BLE001 - told to whoever waits for the thread
             self._say(error)

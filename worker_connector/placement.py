@@ -30,7 +30,7 @@ def node_of_cpus(cpus: Iterable[int]) -> int:
     return next((node for node, members in nodes.items() if wanted and wanted <= members), ANY_NODE)
 
 
-def roam(on_host: bool) -> None:
+def roam(*, on_host: bool) -> None:
     """Let the calling thread use every processor that this process's parent may use on the nodes of its own.
 
     An engine that computes on processors binds the thread that starts others to a single one, and what it starts would

@@ -148,5 +148,13 @@ class WorkerReport:
             self.lost[tier] = self.lost.get(tier, set()) | chunks
 
     def __bool__(self) -> bool:
-        told = self.saved or self.failed_saves or self.failed_loads or self.loads or self.saves or self.step
+        told = (
+            self.saved
+            or self.failed_saves
+            or self.failed_loads
+            or self.damaged
+            or self.loads
+            or self.saves
+            or self.step
+        )
         return bool(told or self.tiers or self.lost)

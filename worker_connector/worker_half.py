@@ -181,7 +181,9 @@ class WorkerHalf:
         )
 
     def _submit(self, plan: StepPlan) -> None:
-        if self._tiers is not None:
+        if self._tiers is not None and self._transfers is not None:
+            fetched = [piece.slot for job in plan.tiers if job.kind == "fetch" for piece in job.pieces]
+            self._transfers.expect_others(fetched)
             self._tiers.submit(plan.tiers)
             return
         for job in plan.tiers:

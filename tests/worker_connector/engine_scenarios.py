@@ -35,7 +35,9 @@ ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 class Bench:
     """An engine and what tests ask of it."""
 
-    def __init__(self, model: str, *, transfer: KVTransferConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, transfer: KVTransferConfig | None = None, verify: bool = False, **options: Any
+    ) -> None:
         self.random = random.Random(11)
         self.llm = LLM(
             model=model,
@@ -50,7 +52,7 @@ class Bench:
                 kv_connector="FaultyConnector",
                 kv_connector_module_path="tests.worker_connector.faulty_connector",
                 kv_role="kv_both",
-                kv_connector_extra_config=SETTINGS,
+                kv_connector_extra_config={**SETTINGS, "verify": verify},
             ),
             **options,
         )
@@ -206,8 +208,8 @@ def tensor_parallel_scenario(model: str) -> dict[str, Any]:
 
 
 def hybrid_scenario(model: str) -> dict[str, Any]:
-    """Sliding-window and full attention: several KV-cache groups."""
-    bench = Bench(model)
+    """Sliding-window and full attention: several KV-cache groups. Checksums are compared."""
+    bench = Bench(model, verify=True)
     runs = [bench.cold_and_warm(bench.prompt(length)) for length in (5000, 2048, 700)]
     long = bench.prompt(5000)
     corrupted = []
@@ -216,7 +218,10 @@ def hybrid_scenario(model: str) -> dict[str, Any]:
         corrupted.append(bench.cold_and_warm(long))
     fault("fail")
     failed = bench.cold_and_warm(long)
+    fault("damage")
+    damaged = bench.cold_and_warm(long)
     fault("")
+    stats = get_cache_stats()["tiers"]["cpu"]
     bench.reset(connector=True)
     half = [*long[:1024], *bench.prompt(30)]
     (cold,) = bench.generate([half])
@@ -225,7 +230,7 @@ def hybrid_scenario(model: str) -> dict[str, Any]:
     bench.reset()
     (warm,) = bench.generate([half])
     part = {"cold": tokens(cold), "warm": tokens(warm), "cached": warm.num_cached_tokens}
-    return {"runs": runs, "corrupted": corrupted, "failed": failed, "part": part}
+    return {"runs": runs, "corrupted": corrupted, "failed": failed, "damaged": damaged, "stats": stats, "part": part}
 
 
 SCENARIOS = {"main": main_scenario, "tensor_parallel": tensor_parallel_scenario, "hybrid": hybrid_scenario}

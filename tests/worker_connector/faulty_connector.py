@@ -1,7 +1,7 @@
 """The connector with loads that go wrong on command.
 
-The file named by ``KV_TEST_FAULT`` says how: ``fail``, ``slow``, or ``corrupt`` and the KV-cache group in which the first
-block loaded is to be spoilt.
+The file named by ``KV_TEST_FAULT`` says how: ``fail``, ``slow``, ``corrupt`` and the KV-cache group in which the first
+block loaded is to be spoilt, or ``damage`` for one bit of the first slot, before it is loaded.
 """
 
 import os
@@ -27,12 +27,21 @@ class FaultyCopier(Copier):
             raise OSError("a load that fails on command")
         if fault == "slow":
             time.sleep(0.05 * len(spans))
+        if fault == "damage" != self._done:
+            self._flip(spans[0])
+            self._done = fault
         receipts = super().to_cache(spans, stream)
         for span in spans:
             if fault == f"corrupt {span.group}" != self._done:
                 self._spoil(span.group, span.blocks[0])
                 self._done = fault
         return receipts
+
+    def _flip(self, span: Span) -> None:
+        """Change one bit of what a span is about to read."""
+        layout = self._layout
+        at = layout.starts[span.group][0] + span.at * layout.regions[span.group][0].nbytes
+        self._slab[span.slot * layout.slot_bytes + at + 5] ^= 8
 
     def _spoil(self, group: int, block: int) -> None:
         """Overwrite one block, in every layer of its group."""

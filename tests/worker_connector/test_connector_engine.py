@@ -205,6 +205,12 @@ def test_a_hybrid_models_failed_loads_are_computed(hybrid: dict[str, Any]) -> No
     assert hybrid["failed"]["cached"] == 0
 
 
+def test_damage_in_the_cpu_tier_is_seen_and_computed(hybrid: dict[str, Any]) -> None:
+    assert_same_tokens(hybrid["damaged"])
+    assert hybrid["damaged"]["cached"] == 0
+    assert hybrid["stats"]["damaged_chunks"] == 1
+
+
 def test_a_hybrid_model_reuses_the_head_of_a_longer_prompt(hybrid: dict[str, Any]) -> None:
     assert hybrid["part"]["warm"] == hybrid["part"]["cold"]
     assert hybrid["part"]["cached"] == 1024

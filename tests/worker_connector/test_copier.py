@@ -137,6 +137,21 @@ def test_damage_in_blocks_that_are_not_loaded_does_not_count() -> None:
     assert not copier.damaged(copier.to_cache([Span(1, 0, 2, [1, 2])]))
 
 
+def test_what_others_write_to_a_slot_is_not_compared_until_it_is_saved_to() -> None:
+    layout = SlotLayout([[Region(0, 64, 64)]], [PER_CHUNK])
+    slab = random_bytes(2 * layout.slot_bytes, 2)
+    copier = Copier(random_bytes(2560, 1), slab, layout, verify=True)
+    whole = [Span(slot, 0, 0, [*range(4 * slot, 4 * slot + 4)]) for slot in (0, 1)]
+    copier.record(copier.to_slab(whole))
+    copier.forget([1])
+    slab[0] ^= 1
+    slab[layout.slot_bytes] ^= 1
+    assert copier.damaged(copier.to_cache(whole)) == {0}
+    copier.record(copier.to_slab(whole))
+    slab[layout.slot_bytes] ^= 1
+    assert copier.damaged(copier.to_cache(whole)) == {1}
+
+
 def test_a_lane_is_refused_to_a_second_thread_while_the_first_copies() -> None:
     page = 1 << 20
     layout = SlotLayout([[Region(0, page, page)]], [64])

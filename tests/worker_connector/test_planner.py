@@ -287,6 +287,15 @@ def test_a_failed_load_is_computed_and_not_tried_again(*, ranks: int, blame: boo
     assert set(engine.ledger.content()[CPU]) == set(hashes(tokens)), "what was computed again is saved again"
 
 
+def test_damaged_slots_are_counted_once_for_all_ranks() -> None:
+    engine = Engine(ranks=2)
+    report = WorkerReport(damaged={3, 4})
+    report.merge(WorkerReport(damaged={4}))
+    assert report
+    engine.planner.absorb(report, ())
+    assert engine.planner.stats.total()["damaged_chunks"] == {CPU: 2}
+
+
 def test_other_requests_are_not_offered_the_failed_chunk() -> None:
     engine, tokens = Engine(may_save=True), prompt(18, 3 * CHUNK + 1)
     engine.serve("a", tokens)
