@@ -52,6 +52,7 @@ class Route(IntEnum):
     AUTO = 0
     COPY_ENGINE = 1
     KERNEL = 2
+    STAGED = 3
 
 
 class InstructionSet(IntEnum):
