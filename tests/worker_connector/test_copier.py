@@ -1,5 +1,6 @@
 """The native copies, held against the torch and numpy copies that they replace."""
 
+import logging
 import random
 import threading
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 from tests.worker_connector.reference_copier import ReferenceCopier  # noqa: E402
 from worker_connector import copier as copier_module  # noqa: E402
-from worker_connector.copier import Copier  # noqa: E402
+from worker_connector.copier import Copier, Lane  # noqa: E402
+from worker_connector.errors import NativeError  # noqa: E402
 from worker_connector.plan import Span  # noqa: E402
 from worker_connector.regions import Region, SlotLayout  # noqa: E402
 
@@ -174,3 +176,36 @@ def test_a_lane_is_refused_to_a_second_thread_while_the_first_copies() -> None:
         thread.join(20)
     assert errors
     assert "another thread" in str(errors[0])
+
+
+class FakeGpuContext:
+    """A GPU's context whose measurement ends as it is told."""
+
+    def __init__(self, error: NativeError | None) -> None:
+        self.error = error
+        self.closed = False
+
+    def calibrate(self) -> tuple[int, int]:
+        if self.error is not None:
+            raise self.error
+        return 65536, 32768
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("error", [None, NativeError("the GPU's memory is full")])
+def test_a_gpu_is_measured_at_start_and_a_failed_measurement_costs_nothing_else(
+    error: NativeError | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    context: Any = FakeGpuContext(error)
+    lane = Lane(lambda: context, on_host=False)
+    with caplog.at_level(logging.INFO):
+        lane.open()
+        lane.open()
+    assert len(caplog.records) == 1
+    assert ("memory is full" if error else "65536 bytes") in caplog.text
+    assert lane.context is context
+    lane.close()
+    lane.close()
+    assert context.closed
