@@ -3,9 +3,11 @@
 import datetime as dt
 import ipaddress
 import signal
+import socket
+import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from tests.worker_connector.tiers.servers import Proxy, RedisServer, command, eventually, needs_redis, payload, soon
 from worker_connector.errors import StoreUnavailable
 from worker_connector.tiers.base import LoanEnded, Outcome, Sink, Source, Status, pages
+from worker_connector.tiers.guarded import Guarded
 from worker_connector.tiers.redis import RedisSettings, RedisStore
 
 pytestmark = needs_redis
@@ -401,3 +404,35 @@ def make_certificates(folder: Path) -> tuple[Path, Path, Path]:
     plain = serialization.NoEncryption()
     key.write_bytes(leaf.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     return authority, signed, key
+
+
+def test_large_objects_travel_nearly_as_fast_as_their_bytes_alone(server: RedisServer, store: RedisStore) -> None:
+    """Against the same replies read from a plain socket into the same memory, in turns."""
+    size, rounds = 16 << 20, 15
+    guarded = Guarded(store)
+    assert guarded.put(["large"], [Source(payload(size))], soon())[0].ok
+    room = bytearray(size)
+    shares = []
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        for _ in range(rounds):
+            plain = timed(lambda: read_raw(raw, b"warmroute:large", room))
+            shares.append(plain / timed(lambda: guarded.get(["large"], [Sink(room)], soon())))
+    assert bytes(room) == payload(size)
+    print(f"{statistics.median(shares):.0%} of a plain socket's speed")
+    assert statistics.median(shares) > 0.6
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def read_raw(raw: socket.socket, key: bytes, room: bytearray) -> None:
+    raw.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key))
+    head = b"$%d\r\n" % len(room)
+    assert raw.recv(len(head), socket.MSG_WAITALL) == head
+    view, got = memoryview(room), 0
+    while got < len(room):
+        got += raw.recv_into(view[got:])
+    assert raw.recv(2, socket.MSG_WAITALL) == b"\r\n"
