@@ -101,6 +101,7 @@ class LowerTiers:
         tiers: Sequence[TierRules],
         *,
         ranks: int,
+        groups: int,
         chunk_size: int,
         chunk_bytes: int,
         may_load: bool,
@@ -116,6 +117,7 @@ class LowerTiers:
         self._ledger = ledger
         self._tiers = {rules.name: rules for rules in tiers}
         self._ranks = ranks
+        self._whole = (0,) * groups
         self._size = chunk_size
         self._chunk_bytes = chunk_bytes
         self._may_load = may_load
@@ -391,7 +393,7 @@ class LowerTiers:
             if self._fetching.get(slot.chunk) == job.job:
                 del self._fetching[slot.chunk]
             if (cause := result.failed.get(slot.chunk)) is None:
-                slot.missing = result.missing.get(slot.chunk, ())
+                slot.missing = result.missing.get(slot.chunk, self._whole)
                 self._ledger.commit(slot)
                 continue
             self._ledger.abandon(slot)

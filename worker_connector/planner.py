@@ -105,6 +105,7 @@ class Planner:
             ledger,
             tiers,
             ranks=ranks,
+            groups=len(self._groups),
             chunk_size=config.chunk_size,
             chunk_bytes=chunk_bytes,
             may_load=self._may_load,

@@ -88,7 +88,7 @@ class Engine:
         **settings: Any,
     ) -> None:
         self.resumed_as_new = resumed_as_new
-        roles = {name: settings.pop(name) for name in ("may_load", "may_save") if name in settings}
+        roles = {name: settings.pop(name) for name in ("may_load", "may_save", "tiers") if name in settings}
         self.config = ConnectorConfig(**{"chunk_size": CHUNK, "load_or_compute": False, **settings})
         self.groups = tuple(Group(at, "", BLOCK, PER_CHUNK, window) for at, window in enumerate(windows))
         self.ledger = Ledger(LeastRecentlyUsed())

@@ -1,0 +1,247 @@
+"""Lower tiers as the scheduler half uses them, on a stand-in engine that checks every token it reads."""
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.worker_connector.scripted_engine import CHUNK, prompt
+from tests.worker_connector.tiered_engine import TieredEngine, spoil
+from worker_connector.ledger import CPU
+from worker_connector.lower import PAUSE_SECONDS, TierRules
+
+DISK, REMOTE = TierRules(name="disk"), TierRules(name="remote")
+
+
+def forget_above(engine: TieredEngine) -> None:
+    engine.reset_prefix_cache()
+    engine.lose_cpu()
+
+
+def hits(engine: TieredEngine) -> dict[str, int]:
+    """Of the request that began to run last."""
+    return [message.hit_tokens for message in engine.messages if type(message).__name__ == "Admitted"][-1]
+
+
+def test_what_was_saved_is_written_down_and_fetched_back() -> None:
+    engine, tokens = TieredEngine(), prompt(1, 3 * CHUNK + 2)
+    engine.serve("a", tokens)
+    assert len(engine.chunks_in("disk")) == 3
+    assert engine.ledger.counts() == {"gpu": 0, CPU: 3, "disk": 3}
+    forget_above(engine)
+    request = engine.serve("b", tokens)
+    assert request.loads == 1
+    assert hits(engine) == {"disk": 3 * CHUNK}
+    assert engine.ledger.counts()[CPU] == 3
+
+
+def test_the_engine_steps_on_while_a_fetch_is_under_way() -> None:
+    engine, tokens = TieredEngine(), prompt(2, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    engine.hold_tiers = True
+    waiting = engine.add("b", tokens)
+    other = engine.add("c", prompt(3, CHUNK), max_tokens=5)
+    for _ in range(10):
+        engine.step()
+    assert other.status == "finished"
+    assert waiting.answers[-1] is None
+    engine.hold_tiers = False
+    engine.run()
+    assert waiting.loads == 1
+
+
+def test_waiting_ends_when_patience_does() -> None:
+    engine, tokens = TieredEngine(lower_tier_patience=1.0), prompt(4, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    engine.hold_tiers = True
+    late = engine.add("b", tokens)
+    steps = 0
+    while late.status != "finished":
+        engine.step()
+        steps += 1
+        assert steps < 200
+    assert late.loads == 0
+    assert engine.planner.stats.total()["lower_tier_timeouts"] == {"": 1}
+    engine.hold_tiers = False
+    engine.run()
+
+
+@pytest.mark.parametrize("cause", ["missing", "bad"])
+def test_a_bad_copy_is_taken_off_the_record_and_the_next_tier_is_asked(cause: str) -> None:
+    engine, tokens = TieredEngine(rules=(DISK, REMOTE)), prompt(5, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    engine.fail = lambda job, _chunk, _rank: cause if (job.tier, job.kind) == ("disk", "fetch") else ""
+    request = engine.serve("b", tokens)
+    assert request.loads == 1
+    assert hits(engine) == {"remote": 2 * CHUNK}
+    counts = engine.planner.stats.total()
+    assert counts["missing_chunks" if cause == "missing" else "damaged_chunks"] == {"disk": 2}
+
+
+def test_a_store_that_is_away_costs_one_try_and_keeps_its_record() -> None:
+    engine, tokens = TieredEngine(), prompt(6, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    engine.fail = lambda _job, _chunk, _rank: "unreachable"
+    assert engine.serve("b", tokens).loads == 0
+    assert engine.ledger.counts()["disk"] == 2
+    forget_above(engine)
+    began = len([job for plan in engine.plans for job in plan.tiers])
+    assert engine.serve("c", tokens).loads == 0
+    jobs = [job for plan in engine.plans for job in plan.tiers][began:]
+    assert not [job for job in jobs if job.kind == "fetch"]
+    engine.fail = lambda _job, _chunk, _rank: ""
+    engine.now += PAUSE_SECONDS + 1
+    forget_above(engine)
+    assert engine.serve("d", tokens).loads == 1
+
+
+def test_a_chunk_is_there_only_if_every_rank_has_it() -> None:
+    engine, tokens = TieredEngine(ranks=2), prompt(7, 2 * CHUNK + 1)
+    engine.fail = lambda job, _chunk, rank: "full" if (job.kind, rank) == ("write", 1) else ""
+    engine.serve("a", tokens)
+    assert engine.ledger.counts()["disk"] == 0
+    engine.fail = lambda _job, _chunk, _rank: ""
+
+
+def test_what_another_engine_wrote_is_found_by_looking_it_up() -> None:
+    writer, tokens = TieredEngine(), prompt(8, 3 * CHUNK + 1)
+    writer.serve("a", tokens)
+    reader = TieredEngine()
+    reader.stores, reader.planner.lower.asks = writer.stores, reader
+    request = reader.add("b", tokens)
+    reader.step()
+    assert request.answers == [None]
+    reader.answer()
+    reader.run()
+    assert request.loads == 1
+    assert hits(reader) == {"disk": 3 * CHUNK}
+
+
+def test_a_look_up_without_an_answer_delays_by_its_own_time_only() -> None:
+    engine = TieredEngine()
+    engine.planner.lower.asks = engine
+    request = engine.add("a", prompt(9, 2 * CHUNK))
+    engine.step()
+    assert request.answers == [None]
+    engine.questions[0].pending = False
+    engine.run()
+    assert request.loads == 0
+
+
+def test_second_touch_writes_only_what_was_used_again() -> None:
+    engine, tokens = TieredEngine(rules=(TierRules(name="disk", second_touch=True),)), prompt(10, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    assert not engine.chunks_in("disk")
+    engine.serve("b", tokens)
+    assert len(engine.chunks_in("disk")) == 2
+
+
+def test_write_back_writes_when_slots_run_short() -> None:
+    engine = TieredEngine(rules=(TierRules(name="disk", writes="back"),), slots=8)
+    engine.serve("a", prompt(11, 3 * CHUNK + 1))
+    assert not engine.chunks_in("disk")
+    engine.serve("b", prompt(12, 4 * CHUNK + 1))
+    engine.serve("c", prompt(13, 4 * CHUNK + 1))
+    assert engine.chunks_in("disk")
+
+
+@pytest.mark.parametrize("role", ["may_load", "may_save"])
+def test_roles(role: str) -> None:
+    engine, tokens = TieredEngine(**{role: False}), prompt(14, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    assert bool(engine.chunks_in("disk")) is (role == "may_load")
+    forget_above(engine)
+    assert engine.serve("b", tokens).loads == 0
+
+
+def test_chunks_under_an_adapter_stay_above() -> None:
+    engine = TieredEngine()
+    adapter = type("Lora", (), {"lora_name": "x", "lora_path": "/x", "lora_int_id": 1})()
+    engine.serve("a", prompt(15, 2 * CHUNK + 1), lora_request=adapter)
+    assert engine.ledger.counts()[CPU] == 2
+    assert not engine.chunks_in("disk")
+
+
+def test_clearing_empties_the_stores_too() -> None:
+    engine, tokens = TieredEngine(ranks=2), prompt(16, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.planner.clear()
+    engine.run()
+    assert not engine.chunks_in("disk")
+    assert engine.ledger.counts() == {"gpu": 0, CPU: 0, "disk": 0}
+
+
+def test_chunks_can_be_promoted_without_a_request() -> None:
+    engine, tokens = TieredEngine(), prompt(17, 3 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    with engine.ledger.lock:
+        assert engine.planner.lower.promote("disk", engine.ledger.newest("disk", 10)) == 3
+    engine.run()
+    assert engine.ledger.counts()[CPU] == 3
+
+
+def test_readers_hear_of_every_tier() -> None:
+    engine, tokens = TieredEngine(), prompt(18, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    told = {message.tier for message in engine.messages if type(message).__name__ == "Stored"}
+    assert told >= {CPU, "disk"}
+    assert set(engine.planner.content()) == {"gpu", CPU, "disk"}
+    assert set(engine.planner.heartbeat().load_bandwidth) == {CPU, "disk"}
+
+
+@pytest.mark.parametrize("windows", [(0,), (0, 10)], ids=["full", "window"])
+@pytest.mark.parametrize("seed", range(20))
+def test_random_use_never_reads_a_wrong_token_and_always_ends(seed: int, windows: tuple[int, ...]) -> None:
+    rng = random.Random(seed)
+    rules: list[Any] = [
+        TierRules(name=name, writes=rng.choice(["through", "back"]), second_touch=rng.random() < 0.3)
+        for name in ("disk", "remote")[: rng.choice([1, 2])]
+    ]
+    engine = TieredEngine(
+        rules=rules,
+        blocks=rng.choice([60, 90, 150]) * len(windows),
+        slots=rng.choice([2, 7, 40]),
+        ranks=rng.choice([1, 2]),
+        windows=windows,
+        step_tokens=rng.choice([5, CHUNK, 3 * CHUNK]),
+        delay=lambda: rng.choice([0, 0, 1, 3]),
+        lower_tier_patience=rng.choice([0.05, 5.0]),
+    )
+    if rng.random() < 0.5:
+        engine.planner.lower.asks = engine
+    engine.fail = spoil(rng, ["missing", "bad", "timeout", "full", "unreachable"], rng.choice([0, 0.1, 0.5]))
+    stems = [prompt(seed * 100 + at, rng.randrange(1, 6 * CHUNK)) for at in range(4)]
+    for at in range(60):
+        for _ in range(rng.randrange(3)):
+            stem = rng.choice(stems)
+            tokens = [*stem[: rng.randrange(len(stem) + 1)], *prompt(rng.randrange(5), rng.randrange(1, 20))]
+            engine.add(f"{at}-{rng.random()}", tokens, max_tokens=rng.choice([1, 1, 30]))
+        disturb(engine, rng)
+        engine.step()
+    engine.answer()
+    engine.planner.lower.asks = None
+    engine.run(3000)
+    assert not engine.owners
+    engine.planner.check()
+
+
+def disturb(engine: TieredEngine, rng: random.Random) -> None:
+    """What clients, operators and other engines may do at any time."""
+    running = [name for name, request in engine.requests.items() if request.status != "aborted"]
+    if running and rng.random() < 0.1:
+        engine.abort(rng.choice(running))
+    if rng.random() < 0.03:
+        engine.planner.clear()
+    if rng.random() < 0.1:
+        engine.lose_cpu()
+    if rng.random() < 0.5:
+        engine.answer()
+    if rng.random() < 0.1 and engine.stores["disk"]:
+        del engine.stores["disk"][rng.choice(list(engine.stores["disk"]))]
+    if not engine.owners and rng.random() < 0.5:
+        engine.reset_prefix_cache()
