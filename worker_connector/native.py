@@ -84,8 +84,8 @@ class Slab:
     def __init__(self, library: "Library", address: int, size: int, granted: Granted) -> None:
         self.address, self.size, self.granted = address, size, granted
         self._bytes = (ctypes.c_uint8 * size).from_address(address)
-        freeing = weakref.finalize(self._bytes, library.functions.wr_slab_free, None, address, size)
-        freeing.atexit = False
+        self._freeing = weakref.finalize(self._bytes, library.functions.wr_slab_free, None, address, size)
+        self._freeing.atexit = False
 
     def view(self) -> memoryview:
         """The bytes, writable. What is made of it keeps the slab."""
@@ -255,14 +255,16 @@ class Context:
     def span(
         self, memory: Any, block_count: int, packed_first_block: int = 0, packed_blocks: int | None = None
     ) -> Span:
-        """A span whose packed form is a tensor, an array or a buffer, which the caller keeps alive.
+        """A span whose packed form is a tensor, an array or a buffer, which the span keeps.
 
         Raises:
             NativeRefusal: it is not contiguous, not writable, or of a kind that this backend cannot reach.
         """
         held = self._reachable(memory)
         total = block_count if packed_blocks is None else packed_blocks
-        return Span(held.address, held.size, block_count, packed_first_block, total)
+        span = Span(held.address, held.size, block_count, packed_first_block, total)
+        span.owner = memory
+        return span
 
     def gather(
         self,

@@ -87,7 +87,18 @@ class View:
         NativeRefusal: a value does not fit its field.
     """
 
-    __slots__ = ("_layers", "_packed", "address", "block_count", "device", "heads", "layer_count", "tokens", "whole")
+    __slots__ = (
+        "_layers",
+        "_packed",
+        "address",
+        "block_count",
+        "device",
+        "heads",
+        "layer_count",
+        "owner",
+        "tokens",
+        "whole",
+    )
 
     def __init__(
         self,
@@ -108,6 +119,7 @@ class View:
         device: str | None = None,
     ) -> None:
         """``k`` and ``v`` are (offset, bytes) within a token's content. ``device``, if given, must be the context's."""
+        self.owner: Any = None
         self._layers = array_of("Q", layers)
         self.layer_count, self.block_count = len(self._layers), block_count
         self.heads, self.tokens, self.device = heads, tokens, device
@@ -145,7 +157,7 @@ class View:
         cls, layers: Sequence[Any], *, dtype: ElementType | None = None, value_elements: int | None = None
     ) -> Self:
         """Of one array or tensor ``[block, head, token, content]`` per layer, in any order of strides; all layers alike.
-        The last ``value_elements`` of the content are V, half of them if it is not said.
+        The last ``value_elements`` of the content are V, half of them if it is not said. The view keeps the arrays.
 
         Raises:
             NativeRefusal: shapes, strides, element types or devices differ, or content is not contiguous.
@@ -164,7 +176,7 @@ class View:
             )
         values = content // 2 if value_elements is None else value_elements
         keys = content - values
-        return cls(
+        view = cls(
             [each.address for each in memories],
             begin=min(each.begin for each in memories),
             end=max(each.end for each in memories),
@@ -180,6 +192,8 @@ class View:
             v=(keys * size, values * size),
             device=first.device,
         )
+        view.owner = layers
+        return view
 
 
 class Range:
@@ -202,15 +216,20 @@ class Range:
         self.address = self._packed.buffer_info()[0]
 
 
-class Span(NamedTuple):
-    """Blocks that belong together, and the packed form of ``packed_bytes`` at ``packed`` that holds them: ``wr_span``."""
-
+class _SpanFields(NamedTuple):
     packed: int
     packed_bytes: int
     block_count: int
     packed_first_block: int
     packed_blocks: int
     reserved: int = 0
+
+
+class Span(_SpanFields):
+    """Blocks that belong together, and the packed form of ``packed_bytes`` at ``packed`` that holds them: ``wr_span``.
+    ``owner`` is kept as long as the span."""
+
+    owner: Any = None
 
 
 class Rotation:

@@ -125,8 +125,7 @@ static inline int32_t check_blocks(const wr_view &view, const int32_t *blocks, i
 static inline int32_t check_spans(const wr_view &view, const wr_range &range, const int32_t *blocks,
                                   const wr_span *spans, int32_t count, int64_t unit_bytes, bool whole, int64_t &pages,
                                   Reason &reason) {
-    if (count < 0 || (count > 0 && (spans == nullptr || blocks == nullptr)))
-        return refuse(reason, WR_INVALID, "spans or blocks are missing");
+    if (count < 0 || (count > 0 && spans == nullptr)) return refuse(reason, WR_INVALID, "spans are missing");
     int64_t total = 0;
     for (int32_t i = 0; i < count; ++i) {
         const wr_span &span = spans[i];
@@ -145,6 +144,7 @@ static inline int32_t check_spans(const wr_view &view, const wr_range &range, co
             return refuse(reason, WR_INVALID, "span %d: encodings and checksums take all tokens", i);
         total += span.block_count;
     }
+    if (total > 0 && blocks == nullptr) return refuse(reason, WR_INVALID, "block ids are missing");
     pages = 0;
     if (!add_product(pages, total, view.layer_count)) return refuse(reason, WR_OUT_OF_BOUNDS, "too many pages");
     return check_blocks(view, blocks, total, reason);
