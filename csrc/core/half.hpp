@@ -10,6 +10,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "encoded units are little-endian, and so must be the processor"
+#endif
+
 namespace wr {
 
 constexpr uint32_t F32_INFINITY = 0x7F800000u, F32_NAN = 0x7FC00000u, F32_MAGNITUDE = 0x7FFFFFFFu;
