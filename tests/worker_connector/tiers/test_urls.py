@@ -10,8 +10,9 @@ from tests.worker_connector.tiers.servers import RedisServer, S3Server, needs_re
 from worker_connector.errors import ConfigurationError
 from worker_connector.tiers.base import Sink, Source
 from worker_connector.tiers.guarded import Guarded, Limits
+from worker_connector.tiers.redis_link import _CODES, _TEXTS
 from worker_connector.tiers.replicas import Replicas
-from worker_connector.tiers.urls import open_store, open_stores, redacted, split_urls
+from worker_connector.tiers.urls import _COMMON, _OPENERS, open_store, open_stores, redacted, split_urls
 
 SECRET = "s3cret"
 
@@ -153,6 +154,16 @@ def test_several_urls_are_a_group(tmp_path: Path) -> None:
         open_stores(f"file://{tmp_path}", replicas=2)
     with pytest.raises(ConfigurationError, match="no store's URL is given"):
         open_stores("")
+
+
+def test_every_scheme_option_and_cause_is_described() -> None:
+    root = Path(__file__).resolve().parents[3]
+    page = (root / "docs" / "remote-stores.md").read_text(encoding="utf-8")
+    options = {option for opener in _OPENERS.values() for option in opener.options} | _COMMON
+    assert not [option for option in sorted(options) if f"`{option}=" not in page]
+    assert not [scheme for scheme in _OPENERS if f"`{scheme}://" not in page]
+    causes = {cause for cause, _ in (*_CODES.values(), *(known for _, known in _TEXTS))}
+    assert not [cause for cause in sorted(causes) if f"`{cause}`" not in page]
 
 
 @pytest.mark.parametrize(
