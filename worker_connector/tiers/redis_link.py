@@ -23,6 +23,9 @@ from worker_connector.tiers.base import Outcome, Sink, Source
 _READ_BYTES = 16 << 10
 _SKIP_BYTES = 256 << 10
 _SEND_BYTES = 1 << 20
+_MOST_LINE_BYTES = 64 << 10
+_MOST_SMALL_BYTES = 16 << 20
+_MOST_OBJECT_BYTES = 512 << 20
 _NO_CONNECTION = "no connection within the deadline: check host and port, and whether the port speaks TLS"
 _NO_ANSWER = "no answer within the deadline"
 
@@ -74,11 +77,11 @@ class Wire:
         if kind == b"-":
             return Refusal(rest.decode("utf-8", "replace"))
         if kind == b":":
-            return int(rest)
+            return _number(line)
         if kind == b"$":
-            return None if rest == b"-1" else self._exactly(int(rest))
+            return None if rest == b"-1" else self._exactly(_number(line, _MOST_SMALL_BYTES))
         if kind == b"*":
-            return None if rest == b"-1" else [self.read_response() for _ in range(int(rest))]
+            return None if rest == b"-1" else [self.read_response() for _ in range(_number(line, _MOST_SMALL_BYTES))]
         raise InvalidResponse(f"a reply that is not of this protocol: {line[:40]!r}")
 
     # What the store calls.
@@ -96,9 +99,9 @@ class Wire:
             return Refusal(line[1:].decode("utf-8", "replace"))
         if line[:1] != b"$":
             raise InvalidResponse(f"no object, but {line[:40]!r}")
-        size = int(line[1:])
-        if size < 0:
+        if line == b"$-1":
             return None
+        size = _number(line, _MOST_OBJECT_BYTES)
         sink.rewind()
         outcome = self._skip(size, sink) if size > sink.size else self._fill(size, sink)
         if self._exactly(0) != b"":
@@ -131,6 +134,8 @@ class Wire:
 
     def _line(self) -> bytes:
         while (end := self._data.find(b"\r\n", self._at)) < 0:
+            if len(self._data) - self._at > _MOST_LINE_BYTES:
+                raise InvalidResponse(f"a line without an end: {self._data[self._at : self._at + 40]!r}")
             self._more()
         line = self._data[self._at : end]
         self._at = end + 2
@@ -166,6 +171,17 @@ class Wire:
         if left <= 0:
             raise RedisTimeoutError(_NO_ANSWER)
         self._sock.settimeout(left)
+
+
+def _number(line: bytes, most: int = 1 << 63) -> int:
+    """The number behind a reply's first byte, up to ``most``; lengths are never negative here."""
+    digits = line[1:]
+    if not digits.removeprefix(b"-").isdigit() or len(digits) > 20:
+        raise InvalidResponse(f"no number: {line[:40]!r}")
+    number = int(digits)
+    if number > most or (number < 0 and line[:1] != b":"):
+        raise InvalidResponse(f"a length that is out of bounds: {line[:40]!r}")
+    return number
 
 
 class Link:
