@@ -80,11 +80,14 @@ def test_replies_in_any_pieces_land_whole(objects: list[bytes | None], cuts: lis
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_bytes_that_are_no_replies_are_errors_and_nothing_else(data: bytes, landing: bool) -> None:
-    with Peer(data) as wire:
-        with pytest.raises((redis_exceptions.RedisError, OSError)) as caught:
-            while True:
-                wire.land(Sink(bytearray(64))) if landing else wire.read_response()
+    with Peer(data) as wire, pytest.raises((redis_exceptions.RedisError, OSError)) as caught:
+        read_to_the_end(wire, landing=landing)
     assert isinstance(unavailable("store", caught.value), StoreUnavailable)
+
+
+def read_to_the_end(wire: Wire, *, landing: bool) -> None:
+    while True:
+        wire.land(Sink(bytearray(64))) if landing else wire.read_response()
 
 
 @pytest.mark.parametrize(
