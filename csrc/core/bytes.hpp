@@ -1,4 +1,5 @@
-// Runs of bf16 elements as exponents and low bytes, and runs of exponents as codes: the inner loops of WR_EXP12.
+// Runs of bf16 elements as exponents and low bytes, and runs of exponents as codes: the inner loops of
+// WR_EXP12.
 #ifndef WARMROUTE_CORE_BYTES_HPP
 #define WARMROUTE_CORE_BYTES_HPP
 
@@ -9,8 +10,8 @@ namespace wr {
 
 constexpr int32_t SLACK = 64; // bytes that may be written after a tile's exponents
 
-// Exponents that share their upper four bits, and what to look up by the lower four: the code, inverted, so that 0 is
-// an escape and tables can be or'ed.
+// Exponents that share their upper four bits, and what to look up by the lower four: the code, inverted, so
+// that 0 is an escape and tables can be or'ed.
 struct Segments {
     int32_t count;
     uint8_t upper[TABLE_ENTRIES];
@@ -45,12 +46,16 @@ static inline Bytes repeat16(const uint8_t *at) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
 }
 static inline Bytes look_up(Bytes lookup, Bytes index) { return _mm512_shuffle_epi8(lookup, index); }
-static inline Bytes minus_byte(Bytes v, uint8_t value) { return _mm512_sub_epi8(v, _mm512_set1_epi8(char(value))); }
+static inline Bytes minus_byte(Bytes v, uint8_t value) {
+    return _mm512_sub_epi8(v, _mm512_set1_epi8(char(value)));
+}
 static inline Bytes plus_saturated(Bytes v, uint8_t value) {
     return _mm512_adds_epu8(v, _mm512_set1_epi8(char(value)));
 }
 static inline Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-static inline Bytes xor_byte(Bytes v, uint8_t value) { return _mm512_xor_si512(v, _mm512_set1_epi8(char(value))); }
+static inline Bytes xor_byte(Bytes v, uint8_t value) {
+    return _mm512_xor_si512(v, _mm512_set1_epi8(char(value)));
+}
 static inline uint64_t equal_to(Bytes v, uint8_t value) {
     return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(char(value)));
 }
@@ -74,14 +79,15 @@ static inline uint64_t above(Bytes v, uint8_t value) {
     return _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8(char(value)));
 }
 
-constexpr int32_t SPLIT = 32; // elements at a time
+constexpr int32_t SPLIT = 32;   // elements at a time
 constexpr int32_t AT_ONCE = 16; // exponents counted in one pass
 
 static inline void split_some(const uint8_t *row, uint8_t *exponents, uint8_t *low) {
     const __m512i x = _mm512_loadu_si512(row);
     const __m512i sign = _mm512_and_si512(_mm512_srli_epi16(x, 8), _mm512_set1_epi16(0x80));
     const __m512i rest = _mm512_and_si512(x, _mm512_set1_epi16(0x7F));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(exponents), _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 7)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(exponents),
+                        _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 7)));
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(low), _mm512_cvtepi16_epi8(_mm512_or_si512(sign, rest)));
 }
 
@@ -98,18 +104,26 @@ static inline void join_some(const uint8_t *exponents, const uint8_t *low, uint8
 constexpr int32_t WIDE = 32;
 typedef __m256i Bytes;
 
-static inline Bytes load_wide(const uint8_t *at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)); }
-static inline void store_wide(uint8_t *at, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(at), v); }
+static inline Bytes load_wide(const uint8_t *at) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
+}
+static inline void store_wide(uint8_t *at, Bytes v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(at), v);
+}
 static inline Bytes repeat16(const uint8_t *at) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
 }
 static inline Bytes look_up(Bytes lookup, Bytes index) { return _mm256_shuffle_epi8(lookup, index); }
-static inline Bytes minus_byte(Bytes v, uint8_t value) { return _mm256_sub_epi8(v, _mm256_set1_epi8(char(value))); }
+static inline Bytes minus_byte(Bytes v, uint8_t value) {
+    return _mm256_sub_epi8(v, _mm256_set1_epi8(char(value)));
+}
 static inline Bytes plus_saturated(Bytes v, uint8_t value) {
     return _mm256_adds_epu8(v, _mm256_set1_epi8(char(value)));
 }
 static inline Bytes or_bytes(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
-static inline Bytes xor_byte(Bytes v, uint8_t value) { return _mm256_xor_si256(v, _mm256_set1_epi8(char(value))); }
+static inline Bytes xor_byte(Bytes v, uint8_t value) {
+    return _mm256_xor_si256(v, _mm256_set1_epi8(char(value)));
+}
 static inline uint64_t equal_to(Bytes v, uint8_t value) {
     return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(char(value)))));
 }
@@ -147,8 +161,8 @@ static inline void split_some(const uint8_t *row, uint8_t *exponents, uint8_t *l
     const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(x, 8), _mm256_set1_epi16(0x80));
     const __m256i rest = _mm256_and_si256(x, _mm256_set1_epi16(0x7F));
     const __m256i exponent = _mm256_and_si256(_mm256_srli_epi16(x, 7), _mm256_set1_epi16(0xFF));
-    const __m256i both = _mm256_permute4x64_epi64(
-        _mm256_packus_epi16(exponent, _mm256_or_si256(sign, rest)), 0xD8);
+    const __m256i both =
+        _mm256_permute4x64_epi64(_mm256_packus_epi16(exponent, _mm256_or_si256(sign, rest)), 0xD8);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(exponents), _mm256_castsi256_si128(both));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(low), _mm256_extracti128_si256(both, 1));
 }
@@ -202,12 +216,15 @@ static inline void join_row(const uint8_t *exponents, const uint8_t *low, int32_
 
 #if defined(WR_LANES)
 
-static inline uint64_t first_lanes(int32_t count) { return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1; }
+static inline uint64_t first_lanes(int32_t count) {
+    return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
+}
 
 static inline Bytes inverted_codes(Bytes exponents, const Segments &segments) {
     Bytes inverted = no_bytes();
     for (int32_t i = 0; i < segments.count; ++i) {
-        const Bytes index = plus_saturated(minus_byte(exponents, segments.upper[i]), 0x70); // 0x80 and above give 0
+        const Bytes index =
+            plus_saturated(minus_byte(exponents, segments.upper[i]), 0x70); // 0x80 and above give 0
         inverted = or_bytes(inverted, look_up(repeat16(segments.inverted[i]), index));
     }
     return inverted;
@@ -220,7 +237,7 @@ static inline uint8_t *append_escapes(uint64_t escaped, const uint8_t *exponents
     return escapes;
 }
 
-constexpr int32_t WINDOW = 16;         // exponents that are counted by vectors
+constexpr int32_t WINDOW = 16;          // exponents that are counted by vectors
 constexpr int32_t COUNTED = 128 * WIDE; // exponents before a byte's count could overflow
 
 static inline void count_few(const uint8_t *exponents, int32_t count, uint16_t *counts) {
@@ -260,7 +277,8 @@ static inline void count_window(const uint8_t *exponents, int32_t count, int32_t
     }
 }
 
-// How often each exponent occurs: those of a window by vectors, which is nearly all, and the others one by one.
+// How often each exponent occurs: those of a window by vectors, which is nearly all, and the others one by
+// one.
 static inline void count_exponents(const uint8_t *exponents, int32_t count, uint16_t *counts) {
     memset(counts, 0, 512);
     const int32_t first = find_window(exponents, count), whole = count - count % WIDE;
@@ -280,8 +298,8 @@ static inline void count_exponents(const uint8_t *exponents, int32_t count, uint
 }
 
 // Writes the codes of `count` exponents and the escaped ones, for which there is room. `exponents` has SLACK.
-static inline void encode_exponents(uint8_t *exponents, int32_t count, const uint8_t *table, const uint16_t *counts,
-                                    uint8_t *codes, uint8_t *escapes) {
+static inline void encode_exponents(uint8_t *exponents, int32_t count, const uint8_t *table,
+                                    const uint16_t *counts, uint8_t *codes, uint8_t *escapes) {
     const Segments segments = make_segments(table, counts);
     int32_t i = 0;
     for (; i + WIDE <= count; i += WIDE) {
@@ -303,8 +321,8 @@ static inline void encode_exponents(uint8_t *exponents, int32_t count, const uin
 }
 
 // False if there are more escapes than `capacity`. May read 32 bytes from the last code on, and writes SLACK.
-static inline bool decode_exponents(const uint8_t *codes, int32_t count, const uint8_t *table, const uint8_t *escapes,
-                                    int32_t capacity, uint8_t *exponents) {
+static inline bool decode_exponents(const uint8_t *codes, int32_t count, const uint8_t *table,
+                                    const uint8_t *escapes, int32_t capacity, uint8_t *exponents) {
     const Bytes lookup = repeat16(table);
     int32_t used = 0;
     for (int32_t i = 0; i < count; i += WIDE) {
@@ -355,8 +373,8 @@ static inline void encode_exponents(uint8_t *exponents, int32_t count, const uin
     }
 }
 
-static inline bool decode_exponents(const uint8_t *codes, int32_t count, const uint8_t *table, const uint8_t *escapes,
-                                    int32_t capacity, uint8_t *exponents) {
+static inline bool decode_exponents(const uint8_t *codes, int32_t count, const uint8_t *table,
+                                    const uint8_t *escapes, int32_t capacity, uint8_t *exponents) {
     int32_t used = 0;
     for (int32_t i = 0; i < count; ++i) {
         const int32_t code = codes[i / 2] >> (4 * (i & 1)) & 15;
@@ -373,6 +391,6 @@ static inline bool decode_exponents(const uint8_t *codes, int32_t count, const u
 
 #endif
 
-}  // namespace wr
+} // namespace wr
 
 #endif

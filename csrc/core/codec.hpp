@@ -15,8 +15,9 @@
 namespace wr {
 
 // Kept apart, so that no arithmetic moves out of the plain float environment that its callers set.
-__attribute__((noinline)) static int32_t encode_content(const UnitShape &shape, int32_t encoding, const uint8_t *content,
-                                                        int64_t token_stride, uint8_t *out) {
+__attribute__((noinline)) static int32_t encode_content(const UnitShape &shape, int32_t encoding,
+                                                        const uint8_t *content, int64_t token_stride,
+                                                        uint8_t *out) {
     if (encoding == WR_RAW) {
         copy_tokens(content, token_stride, out, shape.content_bytes, shape.tokens, shape.content_bytes);
     } else if (encoding == WR_EXP12) {
@@ -31,8 +32,9 @@ __attribute__((noinline)) static int32_t encode_content(const UnitShape &shape, 
     return WR_OK;
 }
 
-__attribute__((noinline)) static int32_t decode_content(const UnitShape &shape, int32_t encoding, const uint8_t *in,
-                                                        uint8_t *content, int64_t token_stride) {
+__attribute__((noinline)) static int32_t decode_content(const UnitShape &shape, int32_t encoding,
+                                                        const uint8_t *in, uint8_t *content,
+                                                        int64_t token_stride) {
     bool sound = true;
     if (encoding == WR_RAW) {
         copy_tokens(in, shape.content_bytes, content, token_stride, shape.tokens, shape.content_bytes);
@@ -48,20 +50,21 @@ __attribute__((noinline)) static int32_t decode_content(const UnitShape &shape, 
     return sound ? WR_OK : WR_CORRUPT;
 }
 
-// Writes unit_bytes() bytes to `out`. `content` is token 0's. The caller has unit_bytes() say yes first. WR_OK or
-// WR_INCOMPRESSIBLE.
-static inline int32_t encode_unit(const UnitShape &shape, int32_t encoding, const uint8_t *content, int64_t token_stride,
-                                  uint8_t *out) {
+// Writes unit_bytes() bytes to `out`. `content` is token 0's. The caller has unit_bytes() say yes first.
+// WR_OK or WR_INCOMPRESSIBLE.
+static inline int32_t encode_unit(const UnitShape &shape, int32_t encoding, const uint8_t *content,
+                                  int64_t token_stride, uint8_t *out) {
     const uint64_t mode = plain_floats();
     const int32_t status = encode_content(shape, encoding, content, token_stride, out);
     restore_floats(mode);
     return status;
 }
 
-// Reads unit_bytes() bytes from `in`, whatever they are, and writes the K and V of `content`, rotated where `rotation`
-// is not null (and check_rotation() said yes). WR_OK or WR_CORRUPT, after which the content may be partly written.
-static inline int32_t decode_unit(const UnitShape &shape, int32_t encoding, const uint8_t *in, uint8_t *content,
-                                  int64_t token_stride, const Rotation *rotation) {
+// Reads unit_bytes() bytes from `in`, whatever they are, and writes the K and V of `content`, rotated where
+// `rotation` is not null (and check_rotation() said yes). WR_OK or WR_CORRUPT, after which the content may be
+// partly written.
+static inline int32_t decode_unit(const UnitShape &shape, int32_t encoding, const uint8_t *in,
+                                  uint8_t *content, int64_t token_stride, const Rotation *rotation) {
     const uint64_t mode = plain_floats();
     const int32_t status = decode_content(shape, encoding, in, content, token_stride);
     if (status == WR_OK && rotation != nullptr) {
@@ -71,7 +74,7 @@ static inline int32_t decode_unit(const UnitShape &shape, int32_t encoding, cons
     return status;
 }
 
-}  // namespace wr
+} // namespace wr
 
 #endif
 

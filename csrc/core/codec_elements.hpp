@@ -70,7 +70,8 @@ WR_HD int32_t lowest_bit(uint64_t word) {
 #endif
 }
 
-// Ranks the exponents that occur by count, the lower first where counts are equal; returns how many, at most 15.
+// Ranks the exponents that occur by count, the lower first where counts are equal; returns how many, at
+// most 15.
 WR_HD int32_t rank_exponents(const uint16_t *counts, int32_t *ranked) {
     int32_t held = 0;
     for (int32_t four = 0; four < 256; four += 4) {
@@ -122,6 +123,6 @@ WR_HD bool is_table(const uint8_t *table) {
     return ascending;
 }
 
-}  // namespace wr
+} // namespace wr
 
 #endif

@@ -16,8 +16,12 @@ struct Half {
     int32_t offset, width;
 };
 
-WR_HD Half k_half(const UnitShape &shape) { return Half{shape.k_offset, shape.k_bytes / element_bytes(shape.dtype)}; }
-WR_HD Half v_half(const UnitShape &shape) { return Half{shape.v_offset, shape.v_bytes / element_bytes(shape.dtype)}; }
+WR_HD Half k_half(const UnitShape &shape) {
+    return Half{shape.k_offset, shape.k_bytes / element_bytes(shape.dtype)};
+}
+WR_HD Half v_half(const UnitShape &shape) {
+    return Half{shape.v_offset, shape.v_bytes / element_bytes(shape.dtype)};
+}
 
 // Byte offsets in a unit of WR_FP8, WR_K16_V8 (no K scales; `k_codes` is K itself) or WR_INT8.
 struct ScaledPlanes {
@@ -76,12 +80,14 @@ WR_HD int64_t tiled_bytes(int32_t tokens, int32_t width) {
 }
 
 WR_HD bool halves_fit(const UnitShape &shape) {
-    if (shape.tokens < 1 || shape.content_bytes < 1 || shape.k_bytes < 0 || shape.v_bytes < 0 || shape.k_offset < 0 ||
-        shape.v_offset < 0) {
+    if (shape.tokens < 1 || shape.content_bytes < 1 || shape.k_bytes < 0 || shape.v_bytes < 0 ||
+        shape.k_offset < 0 || shape.v_offset < 0) {
         return false;
     }
-    const int64_t k_end = int64_t(shape.k_offset) + shape.k_bytes, v_end = int64_t(shape.v_offset) + shape.v_bytes;
-    const bool apart = shape.k_bytes == 0 || shape.v_bytes == 0 || k_end <= shape.v_offset || v_end <= shape.k_offset;
+    const int64_t k_end = int64_t(shape.k_offset) + shape.k_bytes,
+                  v_end = int64_t(shape.v_offset) + shape.v_bytes;
+    const bool apart =
+        shape.k_bytes == 0 || shape.v_bytes == 0 || k_end <= shape.v_offset || v_end <= shape.k_offset;
     return k_end <= shape.content_bytes && v_end <= shape.content_bytes && apart;
 }
 
@@ -89,8 +95,10 @@ WR_HD bool suits(const UnitShape &shape, int32_t encoding) {
     if (!is_computable(shape.dtype) || (encoding == WR_EXP12 && shape.dtype != WR_BF16)) {
         return false;
     }
-    const int32_t size = element_bytes(shape.dtype), k_width = shape.k_bytes / size, v_width = shape.v_bytes / size;
-    if (k_width * size != shape.k_bytes || v_width * size != shape.v_bytes || k_width + int64_t(v_width) == 0) {
+    const int32_t size = element_bytes(shape.dtype), k_width = shape.k_bytes / size,
+                  v_width = shape.v_bytes / size;
+    if (k_width * size != shape.k_bytes || v_width * size != shape.v_bytes ||
+        k_width + int64_t(v_width) == 0) {
         return false;
     }
     if (encoding == WR_K16_V8) {
@@ -111,13 +119,16 @@ WR_HD int64_t unit_bytes(const UnitShape &shape, int32_t encoding) {
         return WR_UNSUPPORTED;
     }
     if (encoding == WR_EXP12) {
-        return tiled_bytes(shape.tokens, k_half(shape).width) + tiled_bytes(shape.tokens, v_half(shape).width);
+        return tiled_bytes(shape.tokens, k_half(shape).width) +
+               tiled_bytes(shape.tokens, v_half(shape).width);
     }
     return scaled_planes(shape, encoding).bytes;
 }
 
-WR_HD int64_t unit_bytes(const wr_view &view, int32_t encoding) { return unit_bytes(unit_shape(view), encoding); }
+WR_HD int64_t unit_bytes(const wr_view &view, int32_t encoding) {
+    return unit_bytes(unit_shape(view), encoding);
+}
 
-}  // namespace wr
+} // namespace wr
 
 #endif

@@ -15,8 +15,8 @@ struct ScaledHalf {
     int64_t token_stride;
 };
 
-template <int32_t dtype>
-static inline void encode_fp8(const ScaledHalf &half, const uint8_t *content, uint8_t *scales, uint8_t *codes) {
+template <int32_t dtype> static inline void encode_fp8(const ScaledHalf &half, const uint8_t *content,
+                                                       uint8_t *scales, uint8_t *codes) {
     for (int32_t from = 0; from < half.tokens; from += TOKENS) {
         const int32_t until = half.tokens - from < TOKENS ? half.tokens : from + TOKENS;
         float inverses[TOKENS];
@@ -33,8 +33,8 @@ static inline void encode_fp8(const ScaledHalf &half, const uint8_t *content, ui
     }
 }
 
-template <int32_t dtype>
-static inline bool decode_fp8(const ScaledHalf &half, const uint8_t *scales, const uint8_t *codes, uint8_t *content) {
+template <int32_t dtype> static inline bool decode_fp8(const ScaledHalf &half, const uint8_t *scales,
+                                                       const uint8_t *codes, uint8_t *content) {
     for (int32_t token = 0; token < half.tokens; ++token) {
         float scale;
         memcpy(&scale, scales + 4 * int64_t(token), 4);
@@ -47,8 +47,8 @@ static inline bool decode_fp8(const ScaledHalf &half, const uint8_t *scales, con
     return true;
 }
 
-template <int32_t dtype>
-static inline void encode_int8_tokens(const ScaledHalf &half, const uint8_t *content, uint8_t *scales, uint8_t *codes) {
+template <int32_t dtype> static inline void encode_int8_tokens(const ScaledHalf &half, const uint8_t *content,
+                                                               uint8_t *scales, uint8_t *codes) {
     for (int32_t token = 0; token < half.tokens; ++token) {
         const uint8_t *row = content + token * half.token_stride;
         const float scale = scale_of(largest_magnitude<dtype>(row, half.width), INT8_PEAK);
@@ -58,9 +58,8 @@ static inline void encode_int8_tokens(const ScaledHalf &half, const uint8_t *con
     }
 }
 
-template <int32_t dtype>
-static inline bool decode_int8_tokens(const ScaledHalf &half, const uint8_t *scales, const uint8_t *codes,
-                                      uint8_t *content) {
+template <int32_t dtype> static inline bool decode_int8_tokens(const ScaledHalf &half, const uint8_t *scales,
+                                                               const uint8_t *codes, uint8_t *content) {
     for (int32_t token = 0; token < half.tokens; ++token) {
         float scale;
         memcpy(&scale, scales + 4 * int64_t(token), 4);
@@ -73,9 +72,8 @@ static inline bool decode_int8_tokens(const ScaledHalf &half, const uint8_t *sca
     return true;
 }
 
-template <int32_t dtype>
-static inline void encode_int8_channels(const ScaledHalf &half, const uint8_t *content, uint8_t *scales,
-                                        uint8_t *codes) {
+template <int32_t dtype> static inline void
+encode_int8_channels(const ScaledHalf &half, const uint8_t *content, uint8_t *scales, uint8_t *codes) {
     for (int32_t from = 0; from < half.width; from += CHANNELS) {
         const int32_t count = half.width - from < CHANNELS ? half.width - from : CHANNELS;
         const uint8_t *rows = content + int64_t(from) * Element<dtype>::bytes;
@@ -99,9 +97,8 @@ static inline void encode_int8_channels(const ScaledHalf &half, const uint8_t *c
     }
 }
 
-template <int32_t dtype>
-static inline bool decode_int8_channels(const ScaledHalf &half, const uint8_t *scales, const uint8_t *codes,
-                                        uint8_t *content) {
+template <int32_t dtype> static inline bool
+decode_int8_channels(const ScaledHalf &half, const uint8_t *scales, const uint8_t *codes, uint8_t *content) {
     for (int32_t from = 0; from < half.width; from += CHANNELS) {
         const int32_t count = half.width - from < CHANNELS ? half.width - from : CHANNELS;
         uint8_t *rows = content + int64_t(from) * Element<dtype>::bytes;
@@ -120,8 +117,8 @@ static inline bool decode_int8_channels(const ScaledHalf &half, const uint8_t *s
     return true;
 }
 
-static inline void copy_tokens(const uint8_t *from, int64_t from_stride, uint8_t *to, int64_t to_stride, int32_t rows,
-                             int32_t bytes) {
+static inline void copy_tokens(const uint8_t *from, int64_t from_stride, uint8_t *to, int64_t to_stride,
+                               int32_t rows, int32_t bytes) {
     for (int32_t row = 0; row < rows; ++row) {
         memcpy(to + row * to_stride, from + row * from_stride, size_t(bytes));
     }
@@ -132,7 +129,8 @@ static inline void clear_padding(uint8_t *plane, int64_t bytes) {
     memset(plane + bytes, 0, size_t(pad16(bytes) - bytes));
 }
 
-static inline void clear_paddings(const UnitShape &shape, int32_t encoding, const ScaledPlanes &planes, uint8_t *out) {
+static inline void clear_paddings(const UnitShape &shape, int32_t encoding, const ScaledPlanes &planes,
+                                  uint8_t *out) {
     const int64_t tokens = shape.tokens, k_width = k_half(shape).width, v_width = v_half(shape).width;
     if (encoding != WR_K16_V8) {
         clear_padding(out + planes.k_scales, k_width == 0 ? 0 : 4 * (encoding == WR_INT8 ? k_width : tokens));
@@ -142,15 +140,17 @@ static inline void clear_paddings(const UnitShape &shape, int32_t encoding, cons
     clear_padding(out + planes.v_codes, tokens * v_width);
 }
 
-template <int32_t dtype>
-static inline void encode_scaled(const UnitShape &shape, int32_t encoding, const uint8_t *content, int64_t token_stride,
-                                 uint8_t *out) {
+template <int32_t dtype> static inline void encode_scaled(const UnitShape &shape, int32_t encoding,
+                                                          const uint8_t *content, int64_t token_stride,
+                                                          uint8_t *out) {
     const Half k = k_half(shape), v = v_half(shape);
     const ScaledPlanes planes = scaled_planes(shape, encoding);
-    const ScaledHalf keys = {shape.tokens, k.width, token_stride}, values = {shape.tokens, v.width, token_stride};
+    const ScaledHalf keys = {shape.tokens, k.width, token_stride},
+                     values = {shape.tokens, v.width, token_stride};
     clear_paddings(shape, encoding, planes, out);
     if (encoding == WR_K16_V8) {
-        copy_tokens(content + k.offset, token_stride, out + planes.k_codes, shape.k_bytes, shape.tokens, shape.k_bytes);
+        copy_tokens(content + k.offset, token_stride, out + planes.k_codes, shape.k_bytes, shape.tokens,
+                    shape.k_bytes);
     } else if (encoding == WR_INT8) {
         encode_int8_channels<dtype>(keys, content + k.offset, out + planes.k_scales, out + planes.k_codes);
     } else if (k.width != 0) {
@@ -166,17 +166,20 @@ static inline void encode_scaled(const UnitShape &shape, int32_t encoding, const
     }
 }
 
-template <int32_t dtype>
-static inline bool decode_scaled(const UnitShape &shape, int32_t encoding, const uint8_t *in, uint8_t *content,
-                                 int64_t token_stride) {
+template <int32_t dtype> static inline bool decode_scaled(const UnitShape &shape, int32_t encoding,
+                                                          const uint8_t *in, uint8_t *content,
+                                                          int64_t token_stride) {
     const Half k = k_half(shape), v = v_half(shape);
     const ScaledPlanes planes = scaled_planes(shape, encoding);
-    const ScaledHalf keys = {shape.tokens, k.width, token_stride}, values = {shape.tokens, v.width, token_stride};
+    const ScaledHalf keys = {shape.tokens, k.width, token_stride},
+                     values = {shape.tokens, v.width, token_stride};
     bool sound = true;
     if (encoding == WR_K16_V8) {
-        copy_tokens(in + planes.k_codes, shape.k_bytes, content + k.offset, token_stride, shape.tokens, shape.k_bytes);
+        copy_tokens(in + planes.k_codes, shape.k_bytes, content + k.offset, token_stride, shape.tokens,
+                    shape.k_bytes);
     } else if (encoding == WR_INT8) {
-        sound = decode_int8_channels<dtype>(keys, in + planes.k_scales, in + planes.k_codes, content + k.offset);
+        sound =
+            decode_int8_channels<dtype>(keys, in + planes.k_scales, in + planes.k_codes, content + k.offset);
     } else if (k.width != 0) {
         sound = decode_fp8<dtype>(keys, in + planes.k_scales, in + planes.k_codes, content + k.offset);
     }
@@ -184,11 +187,12 @@ static inline bool decode_scaled(const UnitShape &shape, int32_t encoding, const
         return sound;
     }
     if (encoding == WR_INT8) {
-        return decode_int8_tokens<dtype>(values, in + planes.v_scales, in + planes.v_codes, content + v.offset);
+        return decode_int8_tokens<dtype>(values, in + planes.v_scales, in + planes.v_codes,
+                                         content + v.offset);
     }
     return decode_fp8<dtype>(values, in + planes.v_scales, in + planes.v_codes, content + v.offset);
 }
 
-}  // namespace wr
+} // namespace wr
 
 #endif

@@ -1,6 +1,7 @@
 // Element types and the float arithmetic of the encodings: docs/kv-codecs.md, "Elements".
 //
-// Everything that rounds goes through multiply, divide, add and subtract, so that device code cannot contract it.
+// Everything that rounds goes through multiply, divide, add and subtract, so that device code cannot contract
+// it.
 #ifndef WARMROUTE_CORE_HALF_HPP
 #define WARMROUTE_CORE_HALF_HPP
 
@@ -120,8 +121,8 @@ WR_HD uint32_t finite_magnitude(float value) {
     return magnitude < F32_INFINITY ? magnitude : 0u;
 }
 
-// Rounding to nearest without flushing denormals, which a caller's thread may have set otherwise (torch can). Returns
-// what restore_floats() takes.
+// Rounding to nearest without flushing denormals, which a caller's thread may have set otherwise (torch can).
+// Returns what restore_floats() takes.
 #if defined(__SSE2__) && !defined(__CUDA_ARCH__)
 static inline uint64_t plain_floats() {
     const uint32_t mode = _mm_getcsr(), plain = mode & ~0xE040u;
@@ -156,6 +157,6 @@ WR_HD uint64_t plain_floats() { return 0; }
 WR_HD void restore_floats(uint64_t) {}
 #endif
 
-}  // namespace wr
+} // namespace wr
 
 #endif

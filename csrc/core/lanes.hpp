@@ -1,6 +1,6 @@
-// Vectors of binary32 for the instruction set that this translation unit is compiled for: AVX-512 (F, BW, DQ, VL) or
-// AVX2 with F16C. WR_LANES is how many elements a vector has, and is not defined where there is neither: loops over
-// single elements, which compilers may vectorize, are then all there is.
+// Vectors of binary32 for the instruction set that this translation unit is compiled for: AVX-512 (F, BW, DQ,
+// VL) or AVX2 with F16C. WR_LANES is how many elements a vector has, and is not defined where there is
+// neither: loops over single elements, which compilers may vectorize, are then all there is.
 #ifndef WARMROUTE_CORE_LANES_HPP
 #define WARMROUTE_CORE_LANES_HPP
 
@@ -40,7 +40,9 @@ static inline Floats swap_neighbours(Floats v) { return _mm512_permute_ps(v, 0xB
 static inline Floats load_floats(const void *at) { return _mm512_loadu_ps(at); }
 static inline Words load_words(const void *at) { return _mm512_loadu_si512(at); }
 static inline void store_words(void *at, Words v) { _mm512_storeu_si512(at, v); }
-static inline __m256i load_halves(const void *at) { return _mm256_loadu_si256(static_cast<const __m256i *>(at)); }
+static inline __m256i load_halves(const void *at) {
+    return _mm256_loadu_si256(static_cast<const __m256i *>(at));
+}
 static inline Words widen_halves(const void *at) { return _mm512_cvtepu16_epi32(load_halves(at)); }
 static inline Words widen_bytes(const void *at) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(at)));
@@ -78,7 +80,8 @@ static inline void store_low_bytes(void *at, Words v) {
 }
 // Words below 2^16, those of `low` first.
 static inline Words pack_halves(Words low, Words high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high),
+                              1);
 }
 static inline uint16_t largest_half(Words v) {
     const __m256i some = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
@@ -86,7 +89,8 @@ static inline uint16_t largest_half(Words v) {
     return uint16_t(~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)))));
 }
 
-// 256 times smaller than the e4m3 values of 16 codes: e4m3 is an f16 with a shorter mantissa and another bias.
+// 256 times smaller than the e4m3 values of 16 codes: e4m3 is an f16 with a shorter mantissa and another
+// bias.
 static inline Floats load_e4m3(const void *at) {
     const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i *>(at)));
     const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(0x3F80));
@@ -96,7 +100,7 @@ static inline Floats load_e4m3(const void *at) {
     return _mm512_cvtph_ps(_mm256_mask_mov_epi16(values, nan, _mm256_set1_epi16(0x7E00)));
 }
 
-}  // namespace wr
+} // namespace wr
 
 #elif !defined(__CUDACC__) && defined(__AVX2__) && defined(__F16C__)
 
@@ -126,29 +130,38 @@ template <int bits> static inline Words shift_right(Words v) { return _mm256_srl
 static inline Mask greater(Words a, Words b) { return _mm256_cmpgt_epi32(a, b); }
 static inline Words select(Mask mask, Words yes, Words no) { return _mm256_blendv_epi8(no, yes, mask); }
 
-static inline bool any_nan(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0; }
+static inline bool any_nan(Floats a, Floats b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)) != 0;
+}
 static inline Floats swap_neighbours(Floats v) { return _mm256_permute_ps(v, 0xB1); }
 
 static inline Floats load_floats(const void *at) { return _mm256_loadu_ps(static_cast<const float *>(at)); }
-static inline Words load_words(const void *at) { return _mm256_loadu_si256(static_cast<const __m256i *>(at)); }
+static inline Words load_words(const void *at) {
+    return _mm256_loadu_si256(static_cast<const __m256i *>(at));
+}
 static inline void store_words(void *at, Words v) { _mm256_storeu_si256(static_cast<__m256i *>(at), v); }
-static inline __m128i load_halves(const void *at) { return _mm_loadu_si128(static_cast<const __m128i *>(at)); }
+static inline __m128i load_halves(const void *at) {
+    return _mm_loadu_si128(static_cast<const __m128i *>(at));
+}
 static inline __m128i load_eight(const void *at) { return _mm_loadl_epi64(static_cast<const __m128i *>(at)); }
 static inline Words widen_halves(const void *at) { return _mm256_cvtepu16_epi32(load_halves(at)); }
 static inline Words widen_bytes(const void *at) { return _mm256_cvtepu8_epi32(load_eight(at)); }
 static inline Words widen_signed_bytes(const void *at) { return _mm256_cvtepi8_epi32(load_eight(at)); }
 static inline __m128i low_halves(Words v) {
-    const __m256i in_lanes = _mm256_shuffle_epi8(
-        v, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9, 12, 13, -1, -1,
-                            -1, -1, -1, -1, -1, -1));
+    const __m256i in_lanes =
+        _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0,
+                                                1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(in_lanes, 0x08));
 }
-static inline void store_halves(void *at, Words v) { _mm_storeu_si128(static_cast<__m128i *>(at), low_halves(v)); }
+static inline void store_halves(void *at, Words v) {
+    _mm_storeu_si128(static_cast<__m128i *>(at), low_halves(v));
+}
 static inline void store_bytes(void *at, Words v) {
-    const __m256i in_lanes = _mm256_shuffle_epi8(
-        v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1,
-                            -1, -1, -1, -1, -1, -1, -1));
-    const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(in_lanes), _mm256_extracti128_si256(in_lanes, 1));
+    const __m256i in_lanes =
+        _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                                0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m128i bytes =
+        _mm_unpacklo_epi32(_mm256_castsi256_si128(in_lanes), _mm256_extracti128_si256(in_lanes, 1));
     _mm_storel_epi64(static_cast<__m128i *>(at), bytes);
 }
 static inline Floats to_floats(Words v) { return _mm256_cvtepi32_ps(v); }
@@ -198,7 +211,7 @@ static inline Floats load_e4m3(const void *at) {
     return _mm256_cvtph_ps(_mm_blendv_epi8(_mm_or_si128(magnitude, sign), _mm_set1_epi16(0x7E00), nan));
 }
 
-}  // namespace wr
+} // namespace wr
 
 #endif
 

@@ -13,7 +13,8 @@ WR_HD int32_t check_rotation(const UnitShape &shape, const Rotation &rotation) {
     }
     const int32_t size = element_bytes(shape.dtype);
     const int64_t end = int64_t(rotation.rotary_offset) + 2 * int64_t(rotation.count) * size;
-    const bool fits = rotation.count >= 0 && rotation.rotary_offset >= 0 && rotation.rotary_offset % size == 0;
+    const bool fits =
+        rotation.count >= 0 && rotation.rotary_offset >= 0 && rotation.rotary_offset % size == 0;
     return fits && end <= shape.k_bytes ? WR_OK : WR_INVALID;
 }
 
@@ -35,7 +36,8 @@ WR_HD void rotate_pair_f64(uint8_t *first, uint8_t *second, double cosine, doubl
     double x, y;
     memcpy(&x, first, 8);
     memcpy(&y, second, 8);
-    const double a = canonical(rotated_first(x, y, cosine, sine)), b = canonical(rotated_second(x, y, cosine, sine));
+    const double a = canonical(rotated_first(x, y, cosine, sine)),
+                 b = canonical(rotated_second(x, y, cosine, sine));
     memcpy(first, &a, 8);
     memcpy(second, &b, 8);
 }
@@ -61,8 +63,8 @@ constexpr int32_t TURNS = 256; // pairs of one pass over the tokens, whose prepa
 
 #if defined(WR_LANES)
 
-// Factors of neighbouring elements: (c, c) and (-s, s) for each pair, so that (x, y) becomes (x, y) * (c, c) +
-// (y, x) * (-s, s). Adding a negated product rounds as subtracting it does.
+// Factors of neighbouring elements: (c, c) and (-s, s) for each pair, so that (x, y) becomes (x, y) * (c, c)
+// + (y, x) * (-s, s). Adding a negated product rounds as subtracting it does.
 struct Turns {
     float cosines[2 * TURNS], sines[2 * TURNS];
 };
@@ -76,16 +78,17 @@ static inline void spread(const Rotation &rotation, int32_t from, int32_t count,
 }
 
 // How many of the pairs that are left are rotated by vectors, in one pass.
-static inline int32_t turns_at_once(int32_t left) { return 2 * left < WR_LANES ? 0 : left < TURNS ? left : TURNS; }
+static inline int32_t turns_at_once(int32_t left) {
+    return 2 * left < WR_LANES ? 0 : left < TURNS ? left : TURNS;
+}
 
 static inline Floats turned_neighbours(Floats v, const float *cosines, const float *sines) {
     const Floats turned = vadd(vmul(v, load_floats(cosines)), vmul(swap_neighbours(v), load_floats(sines)));
     return any_nan(turned, turned) ? vcanonical(turned) : turned;
 }
 
-template <int32_t dtype>
-static inline void turn_halves(Floats x, Floats y, const float *cosines, const float *sines, uint8_t *first,
-                               uint8_t *second) {
+template <int32_t dtype> static inline void turn_halves(Floats x, Floats y, const float *cosines,
+                                                        const float *sines, uint8_t *first, uint8_t *second) {
     const Floats cosine = load_floats(cosines), sine = load_floats(sines);
     Floats a = vsub(vmul(x, cosine), vmul(y, sine)), b = vadd(vmul(y, cosine), vmul(x, sine));
     if (any_nan(a, b)) {
@@ -96,9 +99,10 @@ static inline void turn_halves(Floats x, Floats y, const float *cosines, const f
     store_row<dtype>(second, b);
 }
 
-// The pairs of a token, a vector or more. The last vector ends with them; what it shares with the one before is read
-// before that is written.
-template <int32_t dtype> static inline void rotate_neighbours(const Turns &turns, int32_t count, uint8_t *row) {
+// The pairs of a token, a vector or more. The last vector ends with them; what it shares with the one before
+// is read before that is written.
+template <int32_t dtype>
+static inline void rotate_neighbours(const Turns &turns, int32_t count, uint8_t *row) {
     constexpr int32_t size = Element<dtype>::bytes;
     const int32_t end = 2 * count - WR_LANES;
     const Floats last = load_row<dtype>(row + end * size);
@@ -124,9 +128,8 @@ template <int32_t dtype> static inline void rotate_halves(const Rotation &rotati
 
 #endif
 
-template <int32_t dtype>
-static inline void rotate_interleaved(const UnitShape &shape, const Rotation &rotation, uint8_t *rotary,
-                                      int64_t token_stride) {
+template <int32_t dtype> static inline void
+rotate_interleaved(const UnitShape &shape, const Rotation &rotation, uint8_t *rotary, int64_t token_stride) {
     int32_t first = 0;
 #if defined(WR_LANES)
     if constexpr (dtype != WR_F64) {
@@ -135,7 +138,8 @@ static inline void rotate_interleaved(const UnitShape &shape, const Rotation &ro
             Turns turns;
             spread(rotation, from, count, turns);
             for (int32_t token = 0; token < shape.tokens; ++token) {
-                rotate_neighbours<dtype>(turns, count, rotary + token * token_stride + 2 * from * Element<dtype>::bytes);
+                rotate_neighbours<dtype>(turns, count,
+                                         rotary + token * token_stride + 2 * from * Element<dtype>::bytes);
             }
         }
         first = from;
@@ -148,8 +152,8 @@ static inline void rotate_interleaved(const UnitShape &shape, const Rotation &ro
     }
 }
 
-template <int32_t dtype>
-static inline void rotate_neox(const UnitShape &shape, const Rotation &rotation, uint8_t *rotary, int64_t token_stride) {
+template <int32_t dtype> static inline void rotate_neox(const UnitShape &shape, const Rotation &rotation,
+                                                        uint8_t *rotary, int64_t token_stride) {
     for (int32_t token = 0; token < shape.tokens; ++token) {
         uint8_t *row = rotary + token * token_stride;
 #if defined(WR_LANES)
@@ -166,8 +170,8 @@ static inline void rotate_neox(const UnitShape &shape, const Rotation &rotation,
     }
 }
 
-template <int32_t dtype>
-static inline void rotate_rows(const UnitShape &shape, const Rotation &rotation, uint8_t *content, int64_t token_stride) {
+template <int32_t dtype> static inline void rotate_rows(const UnitShape &shape, const Rotation &rotation,
+                                                        uint8_t *content, int64_t token_stride) {
     uint8_t *rotary = content + shape.k_offset + rotation.rotary_offset;
     if (rotation.interleaved) {
         rotate_interleaved<dtype>(shape, rotation, rotary, token_stride);
@@ -177,8 +181,8 @@ static inline void rotate_rows(const UnitShape &shape, const Rotation &rotation,
 }
 
 // Kept apart, so that no arithmetic moves out of the plain float environment that its callers set.
-__attribute__((noinline)) static void rotate_content(const UnitShape &shape, uint8_t *content, int64_t token_stride,
-                                                     const Rotation &rotation) {
+__attribute__((noinline)) static void rotate_content(const UnitShape &shape, uint8_t *content,
+                                                     int64_t token_stride, const Rotation &rotation) {
     switch (shape.dtype) {
     case WR_F64: return rotate_rows<WR_F64>(shape, rotation, content, token_stride);
     case WR_F32: return rotate_rows<WR_F32>(shape, rotation, content, token_stride);
@@ -197,6 +201,6 @@ static inline void rotate_unit(const UnitShape &shape, uint8_t *content, int64_t
 
 #endif
 
-}  // namespace wr
+} // namespace wr
 
 #endif

@@ -1,7 +1,9 @@
-// Runs of elements on a CPU: vectors where WR_LANES is defined, and single elements for what is left and elsewhere.
+// Runs of elements on a CPU: vectors where WR_LANES is defined, and single elements for what is left and
+// elsewhere.
 //
-// The element type is a template parameter, so that each loop is compiled for each type. Single elements go through
-// the helpers that device code uses, vectors through their transcription; tests hold them to each other, bit by bit.
+// The element type is a template parameter, so that each loop is compiled for each type. Single elements go
+// through the helpers that device code uses, vectors through their transcription; tests hold them to each
+// other, bit by bit.
 #ifndef WARMROUTE_CORE_ROWS_HPP
 #define WARMROUTE_CORE_ROWS_HPP
 
@@ -11,9 +13,15 @@
 namespace wr {
 
 template <int32_t dtype> struct Element;
-template <> struct Element<WR_F32> { static constexpr int32_t bytes = 4; };
-template <> struct Element<WR_F16> { static constexpr int32_t bytes = 2; };
-template <> struct Element<WR_BF16> { static constexpr int32_t bytes = 2; };
+template <> struct Element<WR_F32> {
+    static constexpr int32_t bytes = 4;
+};
+template <> struct Element<WR_F16> {
+    static constexpr int32_t bytes = 2;
+};
+template <> struct Element<WR_BF16> {
+    static constexpr int32_t bytes = 2;
+};
 
 #if defined(WR_LANES)
 
@@ -73,11 +81,13 @@ static inline Words vto_int8(Floats values) {
 
 static inline Floats vfrom_int8(const uint8_t *at) {
     const Words codes = widen_signed_bytes(at);
-    return as_floats(select(greater(words(uint32_t(-127)), codes), words(F32_NAN), as_words(to_floats(codes))));
+    return as_floats(
+        select(greater(words(uint32_t(-127)), codes), words(F32_NAN), as_words(to_floats(codes))));
 }
 
-// Calls body(i) for vectors of `lanes` elements, of which there are at least that many. The last vector ends with the
-// row and may do elements of the one before it again: rows that are read must not be those that are written.
+// Calls body(i) for vectors of `lanes` elements, of which there are at least that many. The last vector ends
+// with the row and may do elements of the one before it again: rows that are read must not be those that are
+// written.
 template <int32_t lanes, typename Body> static inline void each_vector(int32_t count, Body body) {
     for (int32_t i = 0; i < count - lanes; i += lanes) {
         body(i);
@@ -87,7 +97,8 @@ template <int32_t lanes, typename Body> static inline void each_vector(int32_t c
 
 static inline uint32_t vlargest_magnitude_f32(const uint8_t *row, int32_t count) {
     Words most = words(0);
-    each_vector<WR_LANES>(count, [&](int32_t i) { most = vmax(most, vfinite_magnitude(load_floats(row + 4 * i))); });
+    each_vector<WR_LANES>(count,
+                          [&](int32_t i) { most = vmax(most, vfinite_magnitude(load_floats(row + 4 * i))); });
     return largest_word(most);
 }
 
@@ -112,14 +123,16 @@ static inline Words vmagnitude_code(Floats value) {
 }
 
 // Codes of 16-bit elements from those of their magnitudes.
-template <int32_t dtype> static inline void store_e4m3(uint8_t *codes, Words bits, Words magnitude, Words unsigned_code) {
+template <int32_t dtype>
+static inline void store_e4m3(uint8_t *codes, Words bits, Words magnitude, Words unsigned_code) {
     const Words infinity = halves(dtype == WR_BF16 ? 0x7F80 : 0x7C00);
     const Words limited = min_halves(unsigned_code, halves(0x7E));
     const Words code = vor(limited, vand(shift_halves_right_8(bits), halves(0x80)));
     store_low_bytes(codes, where_greater(magnitude, infinity, halves(0x7F), code));
 }
 
-// Twice as many elements as a vector of binary32 has: even and odd ones apart, so that nothing needs to be moved.
+// Twice as many elements as a vector of binary32 has: even and odd ones apart, so that nothing needs to be
+// moved.
 static inline void encode_fp8_bf16(const uint8_t *row, Floats inverse, uint8_t *codes) {
     const Words bits = load_words(row), magnitude = vand(bits, halves(0x7FFF));
     const Words even = vmagnitude_code(vmul(as_floats(shift_left<16>(magnitude)), inverse));
@@ -134,7 +147,8 @@ static inline Words vmagnitude_code_f16(const uint8_t *row, Floats inverse) {
 
 static inline void encode_fp8_f16(const uint8_t *row, Floats inverse, uint8_t *codes) {
     const Words bits = load_words(row), magnitude = vand(bits, halves(0x7FFF));
-    const Words low = vmagnitude_code_f16(row, inverse), high = vmagnitude_code_f16(row + 2 * WR_LANES, inverse);
+    const Words low = vmagnitude_code_f16(row, inverse),
+                high = vmagnitude_code_f16(row + 2 * WR_LANES, inverse);
     store_e4m3<WR_F16>(codes, bits, magnitude, pack_halves(low, high));
 }
 
@@ -159,7 +173,8 @@ template <int32_t dtype> static inline uint32_t largest_magnitude(const uint8_t 
 }
 
 // largest[i] becomes the larger of itself and the magnitude of element i.
-template <int32_t dtype> static inline void raise_magnitudes(const uint8_t *row, int32_t count, uint32_t *largest) {
+template <int32_t dtype>
+static inline void raise_magnitudes(const uint8_t *row, int32_t count, uint32_t *largest) {
     constexpr int32_t size = Element<dtype>::bytes;
 #if defined(WR_LANES)
     if (count >= WR_LANES) {
@@ -183,7 +198,8 @@ static inline void encode_fp8_row(const uint8_t *row, int32_t count, float inver
     if constexpr (dtype != WR_F32) {
         if (count >= 2 * WR_LANES) {
             constexpr auto encode = dtype == WR_BF16 ? encode_fp8_bf16 : encode_fp8_f16;
-            return each_vector<2 * WR_LANES>(count, [=](int32_t i) { encode(row + 2 * i, inverses, codes + i); });
+            return each_vector<2 * WR_LANES>(count,
+                                             [=](int32_t i) { encode(row + 2 * i, inverses, codes + i); });
         }
     }
     if (count >= WR_LANES) {
@@ -202,10 +218,10 @@ static inline void decode_fp8_row(const uint8_t *codes, int32_t count, float sca
     constexpr int32_t size = Element<dtype>::bytes;
 #if defined(WR_LANES)
     if (count >= WR_LANES) {
-        const Floats larger = floats(scale * 256.0f); // exact: products with values 256 times smaller round alike
-        return each_vector<WR_LANES>(count, [=](int32_t i) {
-            store_row<dtype>(row + i * size, vmul(load_e4m3(codes + i), larger));
-        });
+        const Floats larger =
+            floats(scale * 256.0f); // exact: products with values 256 times smaller round alike
+        return each_vector<WR_LANES>(
+            count, [=](int32_t i) { store_row<dtype>(row + i * size, vmul(load_e4m3(codes + i), larger)); });
     }
 #endif
     for (int32_t i = 0; i < count; ++i) {
@@ -227,7 +243,8 @@ static inline void encode_int8_row(const uint8_t *row, int32_t count, const floa
     }
 #endif
     for (int32_t i = 0; i < count; ++i) {
-        codes[i] = uint8_t(to_int8(multiply(load_element(dtype, row + i * size), inverses[per_channel ? i : 0])));
+        codes[i] =
+            uint8_t(to_int8(multiply(load_element(dtype, row + i * size), inverses[per_channel ? i : 0])));
     }
 }
 
@@ -244,10 +261,11 @@ static inline void decode_int8_row(const uint8_t *codes, int32_t count, const fl
     }
 #endif
     for (int32_t i = 0; i < count; ++i) {
-        store_element(dtype, row + i * size, multiply(from_int8(int8_t(codes[i])), scales[per_channel ? i : 0]));
+        store_element(dtype, row + i * size,
+                      multiply(from_int8(int8_t(codes[i])), scales[per_channel ? i : 0]));
     }
 }
 
-}  // namespace wr
+} // namespace wr
 
 #endif

@@ -1,6 +1,6 @@
-// Encodes, decodes, damages and rotates random units in memory of exactly their size, for a build with sanitizers:
-// codec_fuzz ROUNDS SEED. Prints a digest of all results, which every instruction set must agree on; exits with 1 where
-// a decoding is wrong or touches what is neither K nor V.
+// Encodes, decodes, damages and rotates random units in memory of exactly their size, for a build with
+// sanitizers: codec_fuzz ROUNDS SEED. Prints a digest of all results, which every instruction set must agree
+// on; exits with 1 where a decoding is wrong or touches what is neither K nor V.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -29,7 +29,8 @@ struct Digest {
 
 // Bytes that begin `shift` after an allocation and end with it, so that a sanitizer sees every byte outside.
 struct Buffer {
-    Buffer(int64_t count, int64_t shift) : size(count), memory(static_cast<uint8_t *>(malloc(size_t(count + shift)))) {
+    Buffer(int64_t count, int64_t shift)
+        : size(count), memory(static_cast<uint8_t *>(malloc(size_t(count + shift)))) {
         bytes = memory + shift;
     }
     ~Buffer() { free(memory); }
@@ -58,7 +59,8 @@ Case random_case(Random &random) {
     shape.dtype = dtypes[random.below(4)];
     shape.tokens = random.one_in(40) ? 300 + random.below(800) : 1 + random.below(20);
     const int32_t size = wr::element_bytes(shape.dtype);
-    const int32_t before = random.below(4) * size, between = random.below(3) * size, after = random.below(4) * size;
+    const int32_t before = random.below(4) * size, between = random.below(3) * size,
+                  after = random.below(4) * size;
     shape.k_bytes = (random.one_in(60) ? 8192 : random_width(random)) * size;
     shape.v_bytes = random_width(random) * size;
     const bool swapped = random.one_in(3);
@@ -94,8 +96,9 @@ void noise(Random &random, Buffer &buffer) {
 
 void fail(const char *what, const Case &given) {
     const wr::UnitShape &s = given.shape;
-    printf("%s: encoding %d, dtype %d, %d tokens, K %d bytes at %d, V %d bytes at %d, stride %lld\n", what, given.encoding,
-           s.dtype, s.tokens, s.k_bytes, s.k_offset, s.v_bytes, s.v_offset, static_cast<long long>(given.token_stride));
+    printf("%s: encoding %d, dtype %d, %d tokens, K %d bytes at %d, V %d bytes at %d, stride %lld\n", what,
+           given.encoding, s.dtype, s.tokens, s.k_bytes, s.k_offset, s.v_bytes, s.v_offset,
+           static_cast<long long>(given.token_stride));
     exit(1);
 }
 
@@ -105,7 +108,8 @@ bool in_half(const wr::UnitShape &shape, int64_t at) {
 }
 
 // Decodes into poisoned content; adds the status and the K and V of what was decoded to the digest.
-int32_t decode(const Case &given, const Buffer &encoded, Buffer &content, const wr::Rotation *rotation, Digest &digest) {
+int32_t decode(const Case &given, const Buffer &encoded, Buffer &content, const wr::Rotation *rotation,
+               Digest &digest) {
     memset(content.bytes, 0xA5, size_t(content.size));
     const int32_t status = wr::decode_unit(given.shape, given.encoding, encoded.bytes, content.bytes,
                                            given.token_stride, rotation);
@@ -149,7 +153,8 @@ wr::Rotation random_rotation(Random &random, const wr::UnitShape &shape, Factors
         factors.cosines[i] = float(random.below(2001) - 1000) * 0.001f;
         factors.sines[i] = float(random.below(2001) - 1000) * 0.001f;
     }
-    return {factors.cosines, factors.sines, nullptr, nullptr, pairs, skipped * size, int32_t(random.one_in(2))};
+    return {factors.cosines,          factors.sines, nullptr, nullptr, pairs, skipped * size,
+            int32_t(random.one_in(2))};
 }
 
 void run(Random &random, Digest &digest, int64_t *statuses) {
@@ -159,13 +164,15 @@ void run(Random &random, Digest &digest, int64_t *statuses) {
         return;
     }
     const int32_t size = wr::element_bytes(given.shape.dtype);
-    Buffer content(given.content_bytes(), random.below(16) * size), decoded(content.size, random.below(16) * size);
+    Buffer content(given.content_bytes(), random.below(16) * size),
+        decoded(content.size, random.below(16) * size);
     Buffer encoded(bytes, random.below(20));
     Factors factors;
     const wr::Rotation rotation = random_rotation(random, given.shape, factors);
     fill(random, given, content);
     memset(encoded.bytes, 0x5A, size_t(bytes));
-    const int32_t status = wr::encode_unit(given.shape, given.encoding, content.bytes, given.token_stride, encoded.bytes);
+    const int32_t status =
+        wr::encode_unit(given.shape, given.encoding, content.bytes, given.token_stride, encoded.bytes);
     ++statuses[status == WR_OK ? 0 : 1];
     if (status == WR_OK) {
         digest.add(encoded.bytes, bytes);
@@ -183,7 +190,7 @@ void run(Random &random, Digest &digest, int64_t *statuses) {
     statuses[2] += decode(given, encoded, decoded, &rotation, digest) == WR_CORRUPT;
 }
 
-}  // namespace
+} // namespace
 
 int main(int argc, char **argv) {
     const int64_t rounds = argc > 1 ? atoll(argv[1]) : 1000;
@@ -193,8 +200,8 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < rounds; ++i) {
         run(random, digest, statuses);
     }
-    printf("encoded %lld, incompressible %lld, corrupt %lld, digest %016llx\n", static_cast<long long>(statuses[0]),
-           static_cast<long long>(statuses[1]), static_cast<long long>(statuses[2]),
-           static_cast<unsigned long long>(digest.value));
+    printf("encoded %lld, incompressible %lld, corrupt %lld, digest %016llx\n",
+           static_cast<long long>(statuses[0]), static_cast<long long>(statuses[1]),
+           static_cast<long long>(statuses[2]), static_cast<unsigned long long>(digest.value));
     return 0;
 }
