@@ -1,6 +1,7 @@
 # make demo    two real vLLM engines (CPU build) behind the gateway, on this machine; ARGS are passed on
 # make test    every check: style, types, tests, the tests on real engines
 # make check   style and types only; make unit   the tests that start no engine
+# make gpu-check   on a machine with a GPU and PyTorch: builds, tests and measures the CUDA backend (docs/gpu.md)
 # Everything is installed into .venv in this checkout; PYTHON chooses the interpreter it is made with.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ STAMPS := .venv/.stamps
 SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed') pyproject.toml README.md \
 	CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test check unit clean
+.PHONY: demo test check unit gpu-check clean
 
 demo: $(STAMPS)/package
 	$(BIN)/pip install --quiet openai
@@ -67,6 +68,10 @@ $(STAMPS)/servers: $(STAMPS)/venv
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server libibverbs1; } || \
 		echo "no redis-server or libibverbs here: tests of remote stores will be skipped"
 	touch $@
+
+# With the interpreter that has PyTorch, which the virtual environment of the other targets need not have.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist

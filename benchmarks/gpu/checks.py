@@ -1,0 +1,81 @@
+"""The tests on the device, the worker half's transfers, and compute-sanitizer."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.setting import ROOT, Setting
+
+SUITES = ("test_copies.py", "test_checksums.py", "test_codecs_oracle.py", "test_rotation.py")
+PATHS = ("auto", "copy-engine", "kernel", "staged")
+TESTS_LIMIT, MOVERS_LIMIT, SANITIZER_LIMIT = 200.0, 200.0, 110.0
+INI = """[pytest]
+addopts = --import-mode=importlib -p no:cacheprovider
+markers =
+    slow: takes more than ten seconds
+    timeout: given up after so many seconds
+"""
+# Every kind of kernel, on small memory: a sanitizer makes each access some tens of times slower.
+REDUCED = {
+    "copies": ("test_copies.py", "test_every_layout_and_dtype and (LBHNC or BLNHC) and bf16"),
+    "encodings": ("test_codecs_oracle.py", "cuda-auto and bf16"),
+    "rotation": ("test_rotation.py", "cuda-kernel and bf16"),
+}
+
+
+def _missing(*modules: str) -> list[str]:
+    return [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def _pytest(setting: Setting, *arguments: str) -> list[str]:
+    ini = setting.folder / "pytest.ini"
+    ini.write_text(INI, encoding="utf-8")
+    native = ROOT / "tests" / "native"
+    return [
+        sys.executable, "-m", "pytest", "-q", "-c", str(ini), f"--rootdir={ROOT}", f"--confcutdir={native}", *arguments,
+    ]  # fmt: skip
+
+
+def tests(setting: Setting) -> dict[str, Any]:
+    """Everything that the CPU backend is tested with, on the device, for each path; side by side."""
+    if missing := _missing("pytest", "hypothesis"):
+        outcome = setting.start("plain", [sys.executable, "-m", "benchmarks.gpu.plain_tests"]).finish(TESTS_LIMIT)
+        return outcome | {"reduced": f"{', '.join(missing)} missing: round trips and comparisons only"}
+    files = [str(ROOT / "tests" / "native" / name) for name in SUITES]
+    running = [
+        setting.start(f"tests-{path}", _pytest(setting, *files, "-k", f"cuda-{path}"), WARMROUTE_TEST_BACKENDS="cuda")
+        for path in PATHS
+    ]
+    outcomes = {each.name: each.finish(min(TESTS_LIMIT, setting.left())) for each in running}
+    return {"ok": all(each["ok"] for each in outcomes.values()), "paths": outcomes}
+
+
+def movers(setting: Setting, rounds: int = 10_000) -> dict[str, Any]:
+    """Store, evict and load under a concurrent forward."""
+    if missing := _missing("pytest"):
+        return {"ok": False, "end": [f"{', '.join(missing)} missing"]}
+    file = str(ROOT / "tests" / "native" / "test_cuda_movers.py")
+    command = _pytest(setting, "-s", file, "-k", "cuda or wait")
+    running = setting.start("movers", command, WARMROUTE_MOVER_ROUNDS=str(rounds))
+    outcome = running.finish(min(MOVERS_LIMIT, setting.left()))
+    log = running.log.read_text(encoding="utf-8", errors="replace")
+    return outcome | {"rounds": rounds, "said": [line for line in log.splitlines() if "rounds," in line]}
+
+
+def sanitizer(setting: Setting, tool: str) -> dict[str, Any]:
+    """compute-sanitizer's ``memcheck`` or ``racecheck`` on a reduced set of the tests."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        return {"ok": None, "end": ["compute-sanitizer is not installed"]}
+    if missing := _missing("pytest", "hypothesis"):
+        return {"ok": None, "end": [f"{', '.join(missing)} missing"]}
+    running = []
+    for name, (file, chosen) in REDUCED.items():
+        command = _pytest(setting, "-x", str(ROOT / "tests" / "native" / file), "-k", f"cuda and {chosen}")
+        wrapped = [program, f"--tool={tool}", "--error-exitcode=77", *command]
+        more = {"WARMROUTE_TEST_BACKENDS": "cuda", "WARMROUTE_TEST_EXAMPLES": "2"}
+        running.append(setting.start(f"{tool}-{name}", wrapped, **more))
+    outcomes = {each.name: each.finish(min(SANITIZER_LIMIT, setting.left())) for each in running}
+    return {"ok": all(each["ok"] for each in outcomes.values()), "sets": outcomes}
