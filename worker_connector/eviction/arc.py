@@ -1,7 +1,7 @@
 """Adaptive replacement cache.
 
 Two queues of resident chunks, of those used once (``recent``) and of those used again (``frequent``), each with a queue
-of the names of chunks evicted from it (its ghosts). A chunk that comes back while its ghost is known shows which queue
+of what was evicted from it (its ghosts, of which only hashes are kept). A chunk that comes back while its ghost is known shows which queue
 was too short, and moves the share that ``recent`` aims at by the ratio of the ghost queues. (Megiddo and Modha, "ARC: a
 self-tuning, low overhead replacement cache", FAST 2003, figure 4.) Two differences follow from the interface: the
 victim is chosen before the newcomer is known, so a newcomer's ghost moves the aim for the next victim, and the capacity
@@ -9,6 +9,8 @@ is what is resident when a victim is asked for.
 """
 
 from collections import OrderedDict
+
+from worker_connector.eviction.ghosts import Ghosts
 
 _Queue = OrderedDict[bytes, None]
 
@@ -19,8 +21,8 @@ class AdaptiveReplacement:
     def __init__(self) -> None:
         self._recent: _Queue = OrderedDict()
         self._frequent: _Queue = OrderedDict()
-        self._recent_ghosts: _Queue = OrderedDict()
-        self._frequent_ghosts: _Queue = OrderedDict()
+        self._recent_ghosts = Ghosts()
+        self._frequent_ghosts = Ghosts()
         self._held: dict[bytes, _Queue] = {}
         self._aim = 0.0
         self._capacity = 0
@@ -33,11 +35,11 @@ class AdaptiveReplacement:
         ours, other = len(self._recent_ghosts), len(self._frequent_ghosts)
         if chunk in self._recent_ghosts:
             self._aim = min(self._capacity, self._aim + max(1.0, other / ours))
-            del self._recent_ghosts[chunk]
+            self._recent_ghosts.remove(chunk)
             self._frequent[chunk] = None
         elif chunk in self._frequent_ghosts:
             self._aim = max(0.0, self._aim - max(1.0, ours / other))
-            del self._frequent_ghosts[chunk]
+            self._frequent_ghosts.remove(chunk)
             self._frequent[chunk] = None
         else:
             self._recent[chunk] = None
@@ -70,7 +72,7 @@ class AdaptiveReplacement:
         if chunk == self._named:
             self._capacity = self._residents()
             ghosts = self._recent_ghosts if queue is self._recent else self._frequent_ghosts
-            ghosts[chunk] = None
+            ghosts.add(chunk)
         del queue[chunk]
         self._trim()
 
@@ -81,9 +83,10 @@ class AdaptiveReplacement:
         return self._named
 
     def check(self) -> None:
-        queues = [self._recent, self._frequent, self._recent_ghosts, self._frequent_ghosts]
-        chunks = [*self._held, *(chunk for queue in queues for chunk in queue)]
+        chunks = [*self._held, *self._recent, *self._frequent]
         assert len(chunks) == len(set(chunks)), "a chunk is in two queues"
+        remembered = [chunk for chunk in chunks if chunk in self._recent_ghosts or chunk in self._frequent_ghosts]
+        assert not remembered, "a chunk is there and its own ghost"
         assert 0 <= self._aim <= self._capacity, "the aim is out of its range"
         ghosts = len(self._recent_ghosts) + len(self._frequent_ghosts)
         assert ghosts <= self._capacity, "more is remembered than was ever held"
@@ -100,6 +103,6 @@ class AdaptiveReplacement:
     def _trim(self) -> None:
         """Recent chunks and their ghosts are at most the capacity; all ghosts together, too."""
         while self._recent_ghosts and len(self._recent) + len(self._recent_ghosts) > self._capacity:
-            self._recent_ghosts.popitem(last=False)
+            self._recent_ghosts.forget_oldest()
         while len(self._recent_ghosts) + len(self._frequent_ghosts) > self._capacity:
-            (self._frequent_ghosts or self._recent_ghosts).popitem(last=False)
+            (self._frequent_ghosts or self._recent_ghosts).forget_oldest()

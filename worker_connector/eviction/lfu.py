@@ -15,29 +15,24 @@ class LeastFrequentlyUsed:
 
     def __init__(self) -> None:
         self._age = 0
-        self._uses: dict[bytes, int] = {}
         self._rank: dict[bytes, int] = {}
-        self._ranks: SortedDict[int, OrderedDict[bytes, None]] = SortedDict()
-        self._held: dict[bytes, int] = {}
+        self._ranks: SortedDict[int, OrderedDict[bytes, int]] = SortedDict()  # with the uses of each chunk
+        self._held: dict[bytes, tuple[int, int]] = {}
         self._named: bytes | None = None
 
     def add(self, chunk: bytes) -> None:
-        if chunk in self._uses:
+        if chunk in self._rank:
             self.refresh(chunk)
-            return
-        self._uses[chunk] = 1
-        self._place(chunk, self._age + 1)
+        elif chunk not in self._held:
+            self._place(chunk, self._age + 1, 1)
 
     def touch(self, chunk: bytes) -> None:
-        if chunk not in self._uses:
-            return
-        self._uses[chunk] += 1
-        rank = self._age + self._uses[chunk]
-        if chunk in self._held:
-            self._held[chunk] = rank
-        else:
-            self._take(chunk)
-            self._place(chunk, rank)
+        if chunk in self._rank:
+            _, uses = self._take(chunk)
+            self._place(chunk, self._age + uses + 1, uses + 1)
+        elif chunk in self._held:
+            _, uses = self._held[chunk]
+            self._held[chunk] = self._age + uses + 1, uses + 1
 
     def refresh(self, chunk: bytes) -> None:
         if chunk in self._rank:
@@ -49,14 +44,13 @@ class LeastFrequentlyUsed:
 
     def release(self, chunk: bytes) -> None:
         if chunk in self._held:
-            self._place(chunk, self._held.pop(chunk))
+            self._place(chunk, *self._held.pop(chunk))
 
     def discard(self, chunk: bytes) -> None:
         if chunk in self._rank:
-            rank = self._take(chunk)
+            rank, _ = self._take(chunk)
             if chunk == self._named:
                 self._age = rank
-        self._uses.pop(chunk, None)
         self._held.pop(chunk, None)
 
     def victim(self) -> bytes | None:
@@ -68,18 +62,18 @@ class LeastFrequentlyUsed:
         assert filed == self._rank, "a chunk is filed under another rank"
         assert all(self._ranks.values()), "a rank without chunks was kept"
         assert filed.keys().isdisjoint(self._held), "a held chunk may be evicted"
-        assert filed.keys() | self._held.keys() == self._uses.keys(), "a chunk is lost"
 
-    def _place(self, chunk: bytes, rank: int) -> None:
+    def _place(self, chunk: bytes, rank: int, uses: int) -> None:
         self._rank[chunk] = rank
         if (same := self._ranks.get(rank)) is None:
             same = self._ranks[rank] = OrderedDict()
-        same[chunk] = None
+        same[chunk] = uses
 
-    def _take(self, chunk: bytes) -> int:
+    def _take(self, chunk: bytes) -> tuple[int, int]:
+        """Rank and uses of a chunk that is placed no more."""
         rank = self._rank.pop(chunk)
         same = self._ranks[rank]
-        del same[chunk]
+        uses = same.pop(chunk)
         if not same:
             del self._ranks[rank]
-        return rank
+        return rank, uses

@@ -8,36 +8,40 @@ queues are all you need for cache eviction", SOSP 2023, algorithm 1.)
 
 from collections import OrderedDict
 
+from worker_connector.eviction.ghosts import Ghosts
+
 _SMALL_SHARE = 10
 _MOST_USES = 3
 _USES_TO_STAY = 2
 
-_Queue = OrderedDict[bytes, None]
+_Queue = OrderedDict[bytes, int]
 
 
 class S3Fifo:
     """Evicts what nobody came back for. ``victim`` is O(1) amortised over uses."""
 
     def __init__(self) -> None:
-        self._small: _Queue = OrderedDict()
+        self._small: _Queue = OrderedDict()  # with the uses of each chunk
         self._main: _Queue = OrderedDict()
-        self._ghosts: _Queue = OrderedDict()
-        self._held: dict[bytes, _Queue] = {}
-        self._uses: dict[bytes, int] = {}
+        self._ghosts = Ghosts()
+        self._held: dict[bytes, tuple[_Queue, int]] = {}
         self._named: bytes | None = None
 
     def add(self, chunk: bytes) -> None:
         if self._queue_of(chunk) is not None or chunk in self._held:
             self.refresh(chunk)
         elif chunk in self._ghosts:
-            del self._ghosts[chunk]
-            self._main[chunk] = None
+            self._ghosts.remove(chunk)
+            self._main[chunk] = 0
         else:
-            self._small[chunk] = None
+            self._small[chunk] = 0
 
     def touch(self, chunk: bytes) -> None:
-        if chunk in self._held or self._queue_of(chunk) is not None:
-            self._uses[chunk] = min(_MOST_USES, self._uses.get(chunk, 0) + 1)
+        if (queue := self._queue_of(chunk)) is not None:
+            queue[chunk] = min(_MOST_USES, queue[chunk] + 1)
+        elif chunk in self._held:
+            queue, uses = self._held[chunk]
+            self._held[chunk] = queue, min(_MOST_USES, uses + 1)
 
     def refresh(self, chunk: bytes) -> None:
         if (queue := self._queue_of(chunk)) is not None:
@@ -45,34 +49,33 @@ class S3Fifo:
 
     def hold(self, chunk: bytes) -> None:
         if (queue := self._queue_of(chunk)) is not None:
-            del queue[chunk]
-            self._held[chunk] = queue
+            self._held[chunk] = queue, queue.pop(chunk)
 
     def release(self, chunk: bytes) -> None:
-        if (queue := self._held.pop(chunk, None)) is not None:
-            queue[chunk] = None
+        if chunk in self._held:
+            queue, uses = self._held.pop(chunk)
+            queue[chunk] = uses
 
     def discard(self, chunk: bytes) -> None:
         self._held.pop(chunk, None)
-        self._uses.pop(chunk, None)
         if (queue := self._queue_of(chunk)) is None:
             return
         del queue[chunk]
         if queue is self._small and chunk == self._named:
-            self._ghosts[chunk] = None
+            self._ghosts.add(chunk)
             while len(self._ghosts) > max(1, len(self._main)):
-                self._ghosts.popitem(last=False)
+                self._ghosts.forget_oldest()
 
     def victim(self) -> bytes | None:
         self._named = self._next()
         return self._named
 
     def check(self) -> None:
-        chunks = [*self._held, *self._small, *self._main, *self._ghosts]
+        chunks = [*self._held, *self._small, *self._main]
         assert len(chunks) == len(set(chunks)), "a chunk is in two queues"
-        residents = self._small.keys() | self._main.keys() | self._held.keys()
-        assert self._uses.keys() <= residents, "uses of a chunk that is gone are counted"
-        assert all(0 < uses <= _MOST_USES for uses in self._uses.values()), "uses are counted beyond their range"
+        assert not any(chunk in self._ghosts for chunk in chunks), "a chunk is there and its own ghost"
+        uses = [*self._small.values(), *self._main.values()]
+        assert all(0 <= count <= _MOST_USES for count in uses), "uses are counted beyond their range"
 
     def _next(self) -> bytes | None:
         while self._small or self._main:
@@ -83,22 +86,19 @@ class S3Fifo:
         return None
 
     def _next_of_small(self) -> bytes | None:
-        chunk = next(iter(self._small))
-        if self._uses.get(chunk, 0) < _USES_TO_STAY:
+        chunk, uses = next(iter(self._small.items()))
+        if uses < _USES_TO_STAY:
             return chunk
-        del self._small[chunk], self._uses[chunk]
-        self._main[chunk] = None
+        del self._small[chunk]
+        self._main[chunk] = 0
         return None
 
     def _next_of_main(self) -> bytes | None:
-        chunk = next(iter(self._main))
-        if chunk not in self._uses:
+        chunk, uses = next(iter(self._main.items()))
+        if not uses:
             return chunk
+        self._main[chunk] = uses - 1
         self._main.move_to_end(chunk)
-        if self._uses[chunk] == 1:
-            del self._uses[chunk]
-        else:
-            self._uses[chunk] -= 1
         return None
 
     def _queue_of(self, chunk: bytes) -> _Queue | None:

@@ -51,6 +51,7 @@ _WAITING = 4096
 _GRACE_SECONDS = 1.0
 _REFRESH_SECONDS = 60.0
 _SMALLEST_BYTES = 1 << 20
+_IN_THE_WAY = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EEXIST})
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
 
@@ -92,7 +93,8 @@ class DiskFigures:
 
 
 class DiskStore(Store):
-    """Keys are ``str(ObjectKey)``. Several processes may use one directory, each with a store of its own.
+    """Keys are ``str(ObjectKey)``, a prompt's in the prompt's order: among equals the last is evicted first. Several
+    processes may use one directory, each with a store of its own.
 
     Raises:
         ConfigurationError: the directory or a setting cannot be used; the text says why.
@@ -129,12 +131,16 @@ class DiskStore(Store):
     def get(self, keys: Sequence[str], into: Sequence[Sink], deadline: float) -> list[Outcome]:
         lent = [sink.lend() for sink in into]
         works = [partial(self._get, *each, deadline) for each in zip(keys, into, lent, strict=True)]
-        return self._run(works, lent, deadline)
+        outcomes = self._run(works, lent, deadline)
+        self._index.touch(_good_units(keys, outcomes))
+        return outcomes
 
     def put(self, keys: Sequence[str], values: Sequence[Source], deadline: float, ttl: float = 0.0) -> list[Outcome]:
         lent = [value.lend() for value in values]
         works = [partial(self._put, key, source, ttl, deadline) for key, source in zip(keys, lent, strict=True)]
-        return self._run(works, lent, deadline)
+        outcomes = self._run(works, lent, deadline)
+        self._index.refresh(_good_units(keys, outcomes))
+        return outcomes
 
     def exists(self, keys: Sequence[str], deadline: float) -> list[Outcome]:
         return self._run_all(keys, self._exists, deadline)
@@ -201,7 +207,7 @@ class DiskStore(Store):
     def _get(self, key: str, into: Sink, sink: Sink, deadline: float) -> Outcome:
         """``sink`` is ``into`` on a loan that ends with this call."""
         unit, part = _split(key)
-        if self._index.has_expired(unit, time.time()):
+        if self._index.has_expired(unit, part, time.time()):
             return MISSING
         try:
             fd = self._files.open(unit, part, os.O_DIRECT if self._direct else 0)
@@ -232,7 +238,6 @@ class DiskStore(Store):
             return failed("size", f"the file ended after {read} of {status.st_size} bytes")
         if not self._index.holds(unit, part):
             self._index.add(unit, part, charge(read))
-        self._index.touch([unit])
         if time.time() - status.st_mtime > _REFRESH_SECONDS:
             with suppress(OSError):
                 os.utime(fd)  # so that recency outlives the process and is known to others
@@ -277,13 +282,15 @@ class DiskStore(Store):
         """What a failed write means for the object; raises what means more."""
         if self._gate.judge(error, size):
             return refused(self._gate.cause, f"{self.settings.directory}: {self._gate.reason}")
+        if error.errno in _IN_THE_WAY:
+            return refused("foreign", f"something foreign in {self.settings.directory} is in its way: {error.strerror}")
         if error.errno == errno.EFBIG:
             return refused("size", f"files of {size} bytes are not allowed here")
         raise error
 
     def _exists(self, key: str) -> Outcome:
         unit, part = _split(key)
-        if self._index.has_expired(unit, time.time()):
+        if self._index.has_expired(unit, part, time.time()):
             return MISSING
         if self._index.holds(unit, part):
             return Outcome(Status.FOUND)
@@ -404,6 +411,11 @@ def _split(key: str) -> tuple[bytes, str]:
     if found is None:
         raise ValueError(f"{key[:120]!r} is no object's key")
     return found
+
+
+def _good_units(keys: Sequence[str], outcomes: Sequence[Outcome]) -> list[bytes]:
+    """From the last to the first."""
+    return [_split(key)[0] for key, outcome in zip(reversed(keys), reversed(outcomes), strict=True) if outcome.ok]
 
 
 def _in_time(deadline: float) -> bool:

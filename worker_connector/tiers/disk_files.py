@@ -164,7 +164,12 @@ class Files:
         flags |= os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         if not self.has_directory(area):
             raise FileNotFoundError(name)
-        fd = os.open(name, flags, dir_fd=self.directory(area))
+        try:
+            fd = os.open(name, flags, dir_fd=self.directory(area))
+        except OSError:
+            if self.stat(unit, part) is None:
+                raise FileNotFoundError(name) from None
+            raise
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise FileNotFoundError(f"{name} is no regular file")

@@ -5,21 +5,24 @@ whole, because the ranks of an engine need all of it or none, and any of them ma
 index keeps no object that the garbage collector visits.
 """
 
+import math
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from worker_connector.eviction import EvictionPolicy, Expiry
+from worker_connector.eviction import EvictionPolicy
 
 _PAGE = 4096
-_SIZE_BITS = 40
+_PAGE_BITS, _TIME_BITS = 26, 32  # with the part's number mostly below 2^60, which Python keeps in 32 bytes
+_FOR_EVER = (1 << _TIME_BITS) - 1
 
 
 class Known(NamedTuple):
-    """One object of a unit; ``charge`` is the bytes that its file takes."""
+    """One object of a unit; ``charge`` is the bytes that its file takes, ``expires`` is in seconds since the epoch."""
 
     part: str
     charge: int
+    expires: float
 
 
 class Index:
@@ -31,7 +34,6 @@ class Index:
         self._areas: tuple[dict[bytes, int | tuple[int, ...]], ...] = tuple({} for _ in range(256))
         self._parts: list[str] = []
         self._numbers: dict[str, int] = {}
-        self._expiry = Expiry()
         self._pins: dict[bytes, int] = {}
         self._objects = 0
         self._bytes = 0
@@ -49,59 +51,57 @@ class Index:
         return self._bytes
 
     def holds(self, unit: bytes, part: str) -> bool:
-        return any(known.part == part for known in self.parts(unit))
+        return self.find(unit, part) is not None
+
+    def find(self, unit: bytes, part: str) -> Known | None:
+        """What is known of one object."""
+        return next((known for known in self.parts(unit) if known.part == part), None)
 
     def parts(self, unit: bytes) -> list[Known]:
         """What is known of a unit."""
         with self.lock:
-            return [Known(self._parts[code >> _SIZE_BITS], self._charge(code)) for code in self._codes(unit)]
+            return [self._known(code) for code in self._codes(unit)]
 
-    def add(self, unit: bytes, part: str, charge: int, expires: float = float("inf")) -> None:
+    def add(self, unit: bytes, part: str, charge: int, expires: float = math.inf) -> None:
         """An object came, or came again."""
         with self.lock:
-            kept = tuple(code for code in self._codes(unit) if self._parts[code >> _SIZE_BITS] != part)
-            self._count(unit, -1)
-            codes = (*kept, self._number(part) << _SIZE_BITS | charge // _PAGE)
-            self._areas[unit[16]][unit] = codes[0] if len(codes) == 1 else codes
-            self._count(unit, 1)
+            code = self._code(part, charge, expires)
+            self._set(unit, (*self._others(unit, part), code))
             self._policy.add(unit)
             if unit in self._pins:
                 self._policy.hold(unit)
-            if expires != float("inf"):
-                self._expiry.set(unit, expires)
-            elif not kept:
-                self._expiry.discard(unit)
 
-    def expire(self, unit: bytes, expires: float) -> None:
-        """A unit that may be known expires at a time, in seconds since the epoch."""
+    def expire(self, unit: bytes, part: str, expires: float) -> None:
+        """An object that may be known expires at a time, in seconds since the epoch."""
         with self.lock:
-            if unit in self._areas[unit[16]] and expires != float("inf"):
-                self._expiry.set(unit, expires)
+            if (known := self.find(unit, part)) is not None:
+                self._set(unit, (*self._others(unit, part), self._code(part, known.charge, expires)))
 
     def remove(self, unit: bytes, part: str) -> None:
         """An object is gone."""
         with self.lock:
-            kept = tuple(code for code in self._codes(unit) if self._parts[code >> _SIZE_BITS] != part)
-            if not kept:
+            if kept := self._others(unit, part):
+                self._set(unit, kept)
+            else:
                 self.forget(unit)
-                return
-            self._count(unit, -1)
-            self._areas[unit[16]][unit] = kept[0] if len(kept) == 1 else kept
-            self._count(unit, 1)
 
     def forget(self, unit: bytes) -> None:
         """All of a unit is gone."""
         with self.lock:
-            self._count(unit, -1)
-            self._areas[unit[16]].pop(unit, None)
+            self._set(unit, ())
             self._policy.discard(unit)
-            self._expiry.discard(unit)
 
     def touch(self, units: Iterable[bytes]) -> None:
-        """Units were used."""
+        """Units were used, in this order."""
         with self.lock:
             for unit in units:
                 self._policy.touch(unit)
+
+    def refresh(self, units: Iterable[bytes]) -> None:
+        """Units are to go in this order, as far as they go at all."""
+        with self.lock:
+            for unit in units:
+                self._policy.refresh(unit)
 
     def pin(self, unit: bytes, *, pin: bool) -> None:
         """Keep a unit, now or when it comes, from eviction by this engine; pins are counted."""
@@ -114,20 +114,21 @@ class Index:
                 self._pins.pop(unit, None)
                 self._policy.release(unit)
 
-    def has_expired(self, unit: bytes, now: float) -> bool:
-        at = self._expiry.at(unit)
-        return at is not None and at <= now
+    def has_expired(self, unit: bytes, part: str, now: float) -> bool:
+        known = self.find(unit, part)
+        return known is not None and known.expires <= now
 
-    def victim(self, now: float) -> bytes | None:
-        """The unit to evict next: one that has expired, or else the policy's choice."""
+    def victim(self) -> bytes | None:
+        """The unit to evict next."""
         with self.lock:
-            due = self._expiry.due(now)
-            return due[0] if due else self._policy.victim()
+            return self._policy.victim()
 
-    def due(self, now: float, most: int) -> list[bytes]:
-        """Units that have expired."""
+    def due(self, area: int, now: float) -> list[tuple[bytes, str]]:
+        """The objects of a shard that have expired. O(the shard's units)."""
         with self.lock:
-            return self._expiry.due(now, most)
+            return [
+                (unit, known.part) for unit in self._areas[area] for known in self.parts(unit) if known.expires <= now
+            ]
 
     def units(self, area: int) -> list[bytes]:
         """The units of a shard. O(their number)."""
@@ -138,30 +139,40 @@ class Index:
         """Assert every invariant. O(units)."""
         with self.lock:
             self._policy.check()
-            self._expiry.check()
             units = {unit for area in self._areas for unit in area}
-            codes = [code for unit in units for code in self._codes(unit)]
-            assert self._objects == len(codes), "objects are miscounted"
-            assert self._bytes == sum(map(self._charge, codes)), "bytes are miscounted"
+            known = [known for unit in units for known in self.parts(unit)]
+            assert self._objects == len(known), "objects are miscounted"
+            assert self._bytes == sum(each.charge for each in known), "bytes are miscounted"
             assert all(map(self._codes, units)), "a unit without objects is kept"
-            assert set(self._expiry) <= units, "a unit that is gone will expire"
+
+    # ---- codes: an object as one integer ------------------------------------------------------------------------
 
     def _codes(self, unit: bytes) -> tuple[int, ...]:
         codes = self._areas[unit[16]].get(unit, ())
         return codes if isinstance(codes, tuple) else (codes,)
 
-    @staticmethod
-    def _charge(code: int) -> int:
-        return (code & (1 << _SIZE_BITS) - 1) * _PAGE
+    def _others(self, unit: bytes, part: str) -> tuple[int, ...]:
+        return tuple(code for code in self._codes(unit) if self._known(code).part != part)
 
-    def _number(self, part: str) -> int:
+    def _set(self, unit: bytes, codes: tuple[int, ...]) -> None:
+        for sign, several in ((-1, self._codes(unit)), (1, codes)):
+            self._objects += sign * len(several)
+            self._bytes += sign * sum(self._known(code).charge for code in several)
+        area = self._areas[unit[16]]
+        if codes:
+            area[unit] = codes[0] if len(codes) == 1 else codes
+        else:
+            area.pop(unit, None)
+
+    def _code(self, part: str, charge: int, expires: float) -> int:
         number = self._numbers.get(part)
         if number is None:
             number = self._numbers[part] = len(self._parts)
             self._parts.append(part)
-        return number
+        second = min(_FOR_EVER, math.ceil(max(0.0, expires))) if expires != math.inf else _FOR_EVER
+        return (number << _TIME_BITS | second) << _PAGE_BITS | charge // _PAGE
 
-    def _count(self, unit: bytes, sign: int) -> None:
-        codes = self._codes(unit)
-        self._objects += sign * len(codes)
-        self._bytes += sign * sum(map(self._charge, codes))
+    def _known(self, code: int) -> Known:
+        second = code >> _PAGE_BITS & _FOR_EVER
+        charge = (code & (1 << _PAGE_BITS) - 1) * _PAGE
+        return Known(self._parts[code >> _PAGE_BITS + _TIME_BITS], charge, math.inf if second == _FOR_EVER else second)

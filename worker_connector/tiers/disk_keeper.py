@@ -27,6 +27,9 @@ _LISTED_AT_ONCE = 256
 _ADDED_AT_ONCE = 64
 _HEADERS_AT_ONCE = 32
 _BREATH_SECONDS = 0.0005
+_COARSE_SECONDS = 2.0
+_TICK_SECONDS = 0.05
+_LISTINGS_AT_ONCE = 64
 
 _log = logging.getLogger("vllm.warmroute.disk")
 
@@ -44,7 +47,7 @@ class Keeper:
         self._index = index
         self._space = space
         self._gate = gate
-        self._tick = rescan_seconds / (REST + 1)
+        self._pace = rescan_seconds / (REST + 1)
         self._stop = threading.Event()
         self._seen: dict[int, int] = {}
         self._next_area = 0
@@ -59,8 +62,12 @@ class Keeper:
         while not self._stop.is_set() and not self._succeeds(self._scan):
             self._stop.wait(_RETRY_SECONDS)
         self.scan_seconds = time.monotonic() - began
-        while not self._stop.wait(self._tick):
-            for duty in (self._open_gate, self._expire, self._list_next, self._enforce, self._read_headers):
+        owed, last = 0.0, time.monotonic()
+        while not self._stop.wait(max(_TICK_SECONDS, self._pace)):
+            owed, last = owed + (time.monotonic() - last) / self._pace, time.monotonic()
+            listings = min(int(owed), _LISTINGS_AT_ONCE)
+            owed = min(owed - listings, _LISTINGS_AT_ONCE)
+            for duty in (self._open_gate, *[self._list_next] * listings, self._enforce, self._read_headers):
                 self._succeeds(duty)
 
     def _succeeds(self, duty: Callable[[], None]) -> bool:
@@ -79,8 +86,9 @@ class Keeper:
         for area in range(REST + 1):
             if self._stop.is_set():
                 return
-            self._seen[area] = self._changed(area)
+            changed = self._changed(area)
             self._space.recount(area, self._patience())
+            self._remember(area, changed)
             listed += len((self._space.first_scan or {}).get(area, ()))
             if listed >= _LISTED_AT_ONCE:
                 listed = 0
@@ -112,16 +120,19 @@ class Keeper:
         _log.warning("%s takes objects again", self._name)
         self._gate.open()
 
-    def _expire(self) -> None:
-        self._space.expire(time.time(), self._patience())
-
     def _list_next(self) -> None:
         area, self._next_area = self._next_area, (self._next_area + 1) % (REST + 1)
+        if area < QUARANTINE:
+            self._space.expire(area, time.time(), self._patience())
         changed = self._changed(area)
         if changed != self._seen.get(area) or area in (QUARANTINE, REST):
             self._space.recount(area, self._patience())
-            self._seen[area] = changed
+            self._remember(area, changed)
             self._over = True
+
+    def _remember(self, area: int, changed: int) -> None:
+        """Clocks of filesystems are coarse: what is changed right after it was listed may look as it did."""
+        self._seen[area] = changed if time.time() - changed / 1e9 > _COARSE_SECONDS else -1
 
     def _enforce(self) -> None:
         while self._over and not self._stop.is_set():
@@ -147,7 +158,7 @@ class Keeper:
             _log.warning("%s: %s is damaged and was put aside: %s", self._name, key_of(unit, part), error)
             self._space.quarantine(unit, part, self._patience())
         else:
-            self._index.expire(unit, expires)
+            self._index.expire(unit, part, expires)
 
     def _changed(self, area: int) -> int:
         return self._files.changed(area) if area <= QUARANTINE else 0

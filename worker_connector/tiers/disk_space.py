@@ -133,15 +133,19 @@ class Space:
             held.add(area, -self._files.quarantine(unit, part, time.time_ns()))
             return True
 
-    def expire(self, now: float, deadline: float, most: int = 64) -> int:
-        """Remove up to ``most`` units that have expired; their number."""
-        units = self._index.due(now, most)
-        if units:
+    def expire(self, area: int, now: float, deadline: float) -> None:
+        """Remove a shard's objects that have expired.
+
+        Raises:
+            LockBusy, OSError: as ``begin``.
+        """
+        due = self._index.due(area, now)
+        if due:
             with self.account.hold(deadline) as held:
-                for unit in units:
-                    self._remove_unit(held, unit)
-            self.expirations += len(units)
-        return len(units)
+                for unit, part in due:
+                    self._remove(held, unit, part)
+                    self._index.remove(unit, part)
+            self.expirations += len(due)
 
     def enforce(self, deadline: float, most: int = 64) -> bool:
         """Evict up to ``most`` units while the bound is exceeded; whether it still is."""
@@ -239,7 +243,7 @@ class Space:
         return True
 
     def _evict_one(self, held: Held) -> bool:
-        unit = self._index.victim(time.time())
+        unit = self._index.victim()
         if unit is None:
             return False
         self._remove_unit(held, unit)
