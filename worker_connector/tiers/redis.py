@@ -282,13 +282,18 @@ def _carry_out(calls: list[_Call], address: Address, link: Link, *, asking: bool
     for call in calls:
         if call.outcome is not None or call.moved is not None:
             continue
-        while under_way and (weight + call.weight > _WINDOW_BYTES or len(under_way) >= _WINDOW_CALLS):
-            weight -= _take_reply(under_way.popleft(), link, address, asking=asking)
+        if len(under_way) >= _WINDOW_CALLS or weight + call.weight > _WINDOW_BYTES:
+            # Half of the window, so that commands go out in as few pieces as they came together.
+            link.flush()
+            most, room = len(under_way) // 2, _WINDOW_BYTES - call.weight
+            while under_way and (len(under_way) > most or weight > room):
+                weight -= _take_reply(under_way.popleft(), link, address, asking=asking)
         if asking:
             link.send((b"ASKING",))
         link.send(call.words, call.body, call.after)
         under_way.append(call)
         weight += call.weight
+    link.flush()
     for call in under_way:
         _take_reply(call, link, address, asking=asking)
 

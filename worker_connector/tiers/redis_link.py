@@ -191,6 +191,7 @@ class Link:
         self._connection: Any = connection
         self.wire: Wire = self._connection._parser  # noqa: SLF001 - redis-py has no other way to it
         self.reused = False
+        self._unsent = bytearray()
 
     def connect(self, deadline: float) -> None:
         """Open it, log in, and see that the server answers: a refusal in the middle of a large object would be a
@@ -212,21 +213,28 @@ class Link:
             Refusal: it is an error.
         """
         self.send(words)
+        self.flush()
         reply = self.wire.read_response()
         if isinstance(reply, Refusal):
             raise reply
         return reply
 
     def send(self, words: Sequence[bytes], body: Source | None = None, after: Sequence[bytes] = ()) -> None:
-        """Send a command; ``body`` is the word between the others, sent from where it lies."""
+        """Send a command; ``body`` is the word between the others, sent from where it lies. What is small waits for
+        ``flush``."""
         count = len(words) + len(after) + (body is not None)
-        head = b"*%d\r\n" % count + _packed(words)
-        if body is None:
-            self.wire.send(head + _packed(after))
-            return
-        self.wire.send(head + b"$%d\r\n" % body.size)
-        body.each(self.wire.send, _SEND_BYTES)
-        self.wire.send(b"\r\n" + _packed(after))
+        self._unsent += b"*%d\r\n" % count + _packed(words)
+        if body is not None:
+            self._unsent += b"$%d\r\n" % body.size
+            self.flush()
+            body.each(self.wire.send, _SEND_BYTES)
+            self._unsent += b"\r\n"
+        self._unsent += _packed(after)
+
+    def flush(self) -> None:
+        if self._unsent:
+            self.wire.send(bytes(self._unsent))
+            self._unsent.clear()
 
     def drop(self) -> None:
         """Close it; a command that was sent in part is never carried out."""
