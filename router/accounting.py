@@ -72,16 +72,17 @@ class Accounting:
         self._distrusted = distrusted
         self._miscounted = miscounted
 
-    def sent(self, decision: Decision, worker: Worker, *, prompts: int, tolerance: int) -> None:
+    def sent(self, decision: Decision, worker: Worker, prompts: int, tolerance: int) -> None:
         """A request goes to a worker, maybe after another failed it. ``tolerance`` is the shortfall in tokens that
         whole chunks and whole blocks explain; 0 where nothing was predicted. ``prompts`` is how many Admitted messages
         tell its outcome; 0 where they cannot be told from another's."""
         if decision.attempts == 1:
             self._recent.append(decision)
-        previous = self._open.pop(decision.request_id, None)
+        request_id = decision.request_id
+        previous = self._open.pop(request_id, None) if request_id in self._open else None
         if previous is not None and previous.decision is not decision and previous.decision.outcome == "running":
             prompts = 0  # two at once by one id: whose an Admitted is, nobody can tell
-        self._open[decision.request_id] = _Open(decision, worker, prompts, tolerance, countable=prompts == 1)
+        self._open[request_id] = _Open(decision, worker, prompts, tolerance, prompts == 1)
         if len(self._open) > self._keep:
             del self._open[next(iter(self._open))]
 

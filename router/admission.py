@@ -36,7 +36,7 @@ class Admission:
 
     def enter_now(self) -> bool:
         """Take a place if one is free and nobody waits for it; leave() gives it back."""
-        if self.in_flight < self._max_in_flight and not self._queue:
+        if self.in_flight < self._max_in_flight and not self._queue.size:
             self.in_flight += 1
             return True
         return False
@@ -55,7 +55,7 @@ class Admission:
 
     def leave(self) -> None:
         """Give the place to whose turn it is."""
-        if self.in_flight > self._max_in_flight or not self._next():
+        if not self._queue.size or self.in_flight > self._max_in_flight or not self._next():
             self.in_flight -= 1
 
     def hold(self, size: int) -> int:

@@ -110,6 +110,7 @@ class Gateway:
         self._spawn(Sweeper(self.index, audit_entries=self.settings.verify_entries, wrong=self._miscarried).run())
         if self.access is not None and self.settings.api_keys_file:
             self._spawn(self.access.watch(self.settings.config_interval))
+        self.pipeline.chooser.clock = asyncio.get_running_loop().time
         self._spawn(loop_lag.watch(self.metrics.loop_lag))
         try:
             async with asyncio.timeout(FIRST_CHECK_S):

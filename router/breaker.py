@@ -26,10 +26,10 @@ class Breaker:
         "_failures",
         "_history",
         "_limit",
-        "_openings",
         "_seconds",
         "_suspicions",
         "_trying",
+        "badness",
         "generation",
     )
 
@@ -39,7 +39,8 @@ class Breaker:
         self._failures = 0
         self._suspicions = 0
         self._history = 0
-        self._openings = 0
+        self.badness = 0
+        """How often in a row it opened; 0 while closed."""
         self._closed_until = 0.0
         self._trying = False
 
@@ -49,28 +50,23 @@ class Breaker:
 
     @property
     def state(self) -> Literal["closed", "open", "half-open"]:
-        if not self._openings:
+        if not self.badness:
             return "closed"
         return "half-open" if self._trying else "open"
 
-    @property
-    def badness(self) -> int:
-        """How often in a row it opened; 0 while closed."""
-        return self._openings
-
     def allows(self, now: float) -> bool:
-        return not self._openings or (now >= self._closed_until and not self._trying)
+        return not self.badness or (now >= self._closed_until and not self._trying)
 
     def begin(self) -> int:
         """A request is sent; while open, it is the one that tries. The generation to tell with its outcome."""
-        if self._openings:
+        if self.badness:
             self._trying = True
         return self.generation
 
     def succeeded(self, generation: int | None = None) -> None:
         if generation is not None and generation != self.generation:
             return
-        if self._openings:
+        if self.badness:
             self._close()
         elif self._history or self._suspicions:
             self._failures = self._suspicions = 0
@@ -86,7 +82,7 @@ class Breaker:
             return
         self._failures += 1
         self._history = ((self._history << 1) | 1) & _MASK
-        if self._openings:
+        if self.badness:
             if now >= self._closed_until:
                 self._open(now)
             else:
@@ -100,7 +96,7 @@ class Breaker:
         if generation is not None and generation != self.generation:
             return False
         self._suspicions += 1
-        return self._openings > 0 or self._suspicions >= self._limit
+        return self.badness > 0 or self._suspicions >= self._limit
 
     def convicted(self, now: float) -> None:
         """It was asked, and does not work."""
@@ -109,16 +105,16 @@ class Breaker:
     def acquitted(self) -> None:
         """It was asked, and works: the requests were at fault."""
         self._suspicions = 0
-        if self._openings:
+        if self.badness:
             self._close()
 
     def _open(self, now: float) -> None:
-        self._closed_until = now + self._seconds * (1 << min(self._openings, _LONGEST_DOUBLING))
-        self._openings += 1
+        self._closed_until = now + self._seconds * (1 << min(self.badness, _LONGEST_DOUBLING))
+        self.badness += 1
         self.generation += 1
         self._trying = False
 
     def _close(self) -> None:
-        self._failures = self._suspicions = self._history = self._openings = 0
+        self._failures = self._suspicions = self._history = self.badness = 0
         self.generation += 1
         self._trying = False

@@ -22,6 +22,9 @@ class Client:
     """While the context is open, the request's task is cancelled as soon as the client goes away; ``gone`` then tells
     that from any other cancellation. Under a server that is not ours a task waits for the disconnect instead."""
 
+    transparent = True
+    """Whether nothing looks at what passes."""
+
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self._receive = receive
@@ -42,9 +45,11 @@ class Client:
         self.finished = False
 
     def __enter__(self) -> Self:
-        self._task = asyncio.current_task()
         if self._connection is not None:
+            self._task = self._cycle.task
             self._connection.on_lost = self._lost
+        else:
+            self._task = asyncio.current_task()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,8 +110,8 @@ class Client:
 
     @property
     def takes_pushes(self) -> bool:
-        """Whether ``push`` may be used for body bytes, in place of ``write``."""
-        return self._direct is not None and type(self).write is Client.write
+        """Whether ``push`` may be used for body bytes in place of ``write``."""
+        return self._direct is not None and self.transparent
 
     def push(self, data: bytes) -> bool:
         """Send body bytes without waiting; whether the client keeps up. If not, ``drained`` waits until it does."""
@@ -118,6 +123,19 @@ class Client:
         """Wait while the client does not read."""
         assert self._direct is not None
         await self._direct.drained(self._cycle)
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether ``answer`` may be used: nothing that was sent before still waits to be read."""
+        return self._direct is not None and self.transparent and not self._direct.flow.write_paused
+
+    def answer(self, status: int, headers: Headers, data: bytes) -> None:
+        """Send a whole response at once."""
+        assert self._direct is not None
+        self.started = True
+        self.status = status
+        self._direct.answer(self._cycle, status, headers, data)
+        self.finished = True
 
     async def finish(self, data: bytes = b"") -> None:
         if self._direct is not None:

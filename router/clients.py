@@ -28,6 +28,8 @@ class MessagesClient(Client):
 class ResponsesClient(Client):
     """The client of a Responses request; what passes on to it tells the response's id and its count of prompt tokens."""
 
+    transparent = False
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.learn: Callable[[str], None] | None = None

@@ -13,7 +13,7 @@ from router.workers import Worker
 
 if TYPE_CHECKING:
     from router.app import Gateway
-    from router.pipeline import Namespace, Plan, Routed
+    from router.choosing import Namespace, Plan, Routed
 
 
 async def explain_body(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def _end_of(gateway: "Gateway", plan: "Plan", worker: Worker, recent: list[dict[
         return end | _because(
             "not_tokenized", f"the prompt's tokens are not known: {plan.tokenized.why or 'no prompt'}"
         )
-    chunks = gateway.pipeline.chunks(plan, namespace)
+    chunks = gateway.pipeline.chooser.chunks(plan, namespace)
     held = gateway.index.lookup(chunks, [worker.name])[worker.name].total
     end |= {"held_chunks": held, "chunks": len(chunks), "chunk_size": namespace[1]}
     if held >= len(chunks):

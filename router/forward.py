@@ -7,7 +7,6 @@ one. Nothing is sent to the client before the first body byte is there, so that 
 
 import asyncio
 import re
-from collections.abc import Callable
 
 import msgspec
 
@@ -25,15 +24,22 @@ _CACHED = re.compile(rb'"cached_tokens":\s*(\d{1,15})(?!\d)')
 _ENDS = (b"\n\n", b"\r\n\r\n")
 
 
-class Delivery(msgspec.Struct, eq=False):
-    """What a response told. ``broken`` says why it ended early, though its client was told; ``parts`` are the pieces an
-    event stream came in."""
+class Delivery(msgspec.Struct, eq=False, kw_only=True):
+    """One answer on its way, and what it told. ``broken`` says why it ended early, though its client was told; ``parts``
+    are the pieces an event stream came in; ``meter`` sees all of its body."""
 
     status: int = 0
     cached_tokens: int | None = None
     broken: UpstreamError | None = None
     parts: int = 0
     meter: Meter | None = None
+
+    def may_retry(self) -> bool:
+        """Whether another worker could be asked in place of this one."""
+        return False
+
+    def begun(self) -> None:
+        """The first bytes of the body came."""
 
     def scan(self, data: bytes) -> None:
         """Look for the tokens the worker says it reused; inside a JSON string the pattern cannot occur unescaped."""
@@ -44,42 +50,41 @@ class Delivery(msgspec.Struct, eq=False):
 
 
 async def forward(
-    client: Client,
-    upstream: Upstream,
-    head: bytes,
-    body: bytes,
-    *,
-    extra: Headers,
-    may_retry: Callable[[], bool],
-    first_byte: Callable[[int], None],
-    meter: Meter | None = None,
-) -> Delivery:
-    """Send a request and deliver its response. ``first_byte`` is called with its status when the response's body begins; ``meter`` sees
-    all of it.
+    client: Client, upstream: Upstream, head: bytes, body: bytes, *, extra: Headers, delivery: Delivery
+) -> None:
+    """Send a request and deliver its response.
 
     Raises:
         UpstreamError: the worker failed and nothing was sent to the client.
     """
     connection = await upstream.exchange(head, body)
     try:
-        if connection.status in RETRYABLE and may_retry():
+        delivery.status = connection.status
+        if connection.status in RETRYABLE and delivery.may_retry():
             raise RetryableStatus(upstream.worker, f"answered {connection.status}")
-        delivery = Delivery(connection.status, meter=meter)
         headers, is_stream = _merged(connection.headers, extra)
         if 300 <= connection.status < 400:
             headers = upstream.redirected(headers)
         if is_stream:
-            await _stream(client, connection, headers, delivery, first_byte)
-        else:
-            await _whole(client, connection, headers, delivery, first_byte)
-        return delivery
+            await _stream(client, connection, headers, delivery)
+        elif not connection.complete or not _at_once(client, connection, headers, delivery):
+            await _whole(client, connection, headers, delivery)
     finally:
         upstream.release(connection)
 
 
-async def _whole(
-    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[int], None]
-) -> None:
+def _at_once(client: Client, connection: Connection, headers: Headers, delivery: Delivery) -> bool:
+    """Deliver a response that is all here to a client that keeps up; whether that could be done."""
+    if not client.keeps_up:
+        return False
+    data = connection.take()
+    delivery.begun()
+    delivery.scan(data)
+    client.answer(connection.status, headers, data)
+    return True
+
+
+async def _whole(client: Client, connection: Connection, headers: Headers, delivery: Delivery) -> None:
     try:
         data = await connection.read_whole(WHOLE_BYTES)
     except UpstreamError as error:
@@ -89,7 +94,7 @@ async def _whole(
         request_id = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), "")
         await client.fail(BadGateway(f"{error}; the response is not complete"), request_id)
         return
-    first_byte(delivery.status)
+    delivery.begun()
     delivery.scan(data)
     await client.start(connection.status, headers)
     if connection.complete and not connection.buffered:
@@ -107,11 +112,9 @@ async def _whole(
     await client.finish()
 
 
-async def _stream(
-    client: Client, connection: Connection, headers: Headers, delivery: Delivery, first_byte: Callable[[int], None]
-) -> None:
+async def _stream(client: Client, connection: Connection, headers: Headers, delivery: Delivery) -> None:
     data = await connection.read()
-    first_byte(delivery.status)
+    delivery.begun()
     await client.start(connection.status, headers)
     events = _Events(delivery)
     try:
@@ -184,9 +187,9 @@ def _merged(headers: Headers, extra: Headers) -> tuple[Headers, bool]:
     merged = response_headers(headers)
     named = is_stream = False
     for name, value in merged:
-        if name == b"x-request-id":
-            named = True
-        elif name == b"content-type":
+        if name == b"content-type":
             is_stream = value.startswith(b"text/event-stream")
+        elif name == b"x-request-id":
+            named = True
     merged += [header for header in extra if header[0] != b"x-request-id"] if named else extra
     return merged, is_stream

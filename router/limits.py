@@ -11,6 +11,7 @@ import re
 from router.errors import Limited
 
 _COMPLETION = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,15})(?!\d)')
+_NAMES = (b'"completion_tokens":', b'"output_tokens":')
 
 
 class Bucket:
@@ -144,9 +145,18 @@ class Meter:
 
     def scan(self, data: bytes) -> None:
         """Look at more of the body. Inside a JSON string the pattern cannot occur unescaped."""
-        if b'_tokens":' in data and (found := _COMPLETION.findall(data)):
-            self._said = int(found[-1])
+        if b'_tokens":' in data:
+            self._read(data)
         self._events += data.count(b"\ndata: {") + data.startswith(b"data: {")
+
+    def _read(self, data: bytes) -> None:
+        last = max(map(data.rfind, _NAMES))
+        if last < 0:
+            return
+        if (found := _COMPLETION.match(data, last)) is not None:
+            self._said = int(found[1])
+        elif earlier := _COMPLETION.findall(data, 0, last):
+            self._said = int(earlier[-1])
 
 
 def _resized(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from router.conversation import PlainTexts, plain_texts
 from router.errors import InvalidRequest, TooLarge
 from router.multipart import form_field
 from router.splice import Kind
@@ -62,6 +63,14 @@ _NUMBERS = frozenset(
     }
 )
 _OBJECTS = frozenset({"chat_template_kwargs", "kv_transfer_params", "logit_bias", "response_format", "stream_options"})
+_NOTHING = type(None)
+# The types of values, by member, that need no closer look; every other member may be anything.
+_FINE: dict[str, frozenset[type]] = {
+    **dict.fromkeys(_SCALARS, frozenset({str, int, float, bool, _NOTHING})),
+    **dict.fromkeys(_NUMBERS, frozenset({int, float, bool, _NOTHING})),
+    **dict.fromkeys(_OBJECTS, frozenset({dict, _NOTHING})),
+    "tools": frozenset({list, _NOTHING}),
+}
 _HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -80,6 +89,11 @@ _HOP_BY_HOP = frozenset(
         b"x-request-id",
     }
 )
+_KEPT = frozenset({b"content-length", b"x-request-id"})
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+"""Headers that carry a client's key; they do not travel on to workers where keys are in use."""
+PRIORITY_HEADER = b"x-warmroute-priority"
+_READ = _HOP_BY_HOP | CREDENTIALS | {PRIORITY_HEADER}
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _OWN_IDS = count(1)
 _OWN_PREFIX = os.urandom(8).hex()
@@ -97,7 +111,7 @@ _decoder = msgspec.json.Decoder()
 
 class Request(msgspec.Struct, eq=False):
     """One request. ``raw`` is the body as it came, ``body`` what it says where it is a JSON object; ``headers`` are those
-    that travel on. ``only`` names the one worker that can serve it, where there is one; ``repeatable`` is whether another
+    that travel on. ``plain`` are the roles and texts of a chat that has nothing else. ``only`` names the one worker that can serve it, where there is one; ``repeatable`` is whether another
     worker may get it after one failed it half-way."""
 
     kind: Kind
@@ -107,6 +121,7 @@ class Request(msgspec.Struct, eq=False):
     cache_salt: str
     request_id: str
     headers: list[tuple[bytes, bytes]]
+    plain: PlainTexts | None = None
     method: bytes = b"POST"
     only: str = ""
     repeatable: bool = True
@@ -124,11 +139,14 @@ def parse_request(kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], re
     salt = body.get("cache_salt")
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise InvalidRequest("cache_salt must be a non-empty string", param="cache_salt")
+    plain = None
     if kind == "chat":
-        _check_messages(body)
+        plain = plain_texts(body.get("messages"))
+        if plain is None:
+            _check_messages(body)
     elif kind == "completions":
         _check_prompt(body)
-    return Request(kind, raw, body, model or "", salt or "", request_id, headers)
+    return Request(kind, raw, body, model or "", salt or "", request_id, headers, plain)
 
 
 def parse_other(
@@ -152,7 +170,7 @@ def parse_other(
     if model is not None and not isinstance(model, str):
         raise _wrong("model", "a string", model)
     method = b"GET" if scope["method"] == "HEAD" else scope["method"].encode("ascii")
-    return Request(kind, raw, body, model or "", "", request_id, headers, method, repeatable=repeatable)
+    return Request(kind, raw, body, model or "", "", request_id, headers, None, method, repeatable=repeatable)
 
 
 def _last_model(pairs: bytes) -> str:
@@ -165,40 +183,94 @@ def _last_model(pairs: bytes) -> str:
         raise InvalidRequest("the form or query string has more than 100 fields") from error
 
 
+class Arrival(msgspec.Struct, eq=False):
+    """What a request's headers say, read in one pass. ``headers`` are those that travel on, ``shown`` the key or token
+    shown, ``length`` Content-Length or 0, ``size`` the bytes of all ``count`` headers."""
+
+    request_id: str
+    headers: list[tuple[bytes, bytes]]
+    length: int
+    count: int
+    size: int
+    shown: bytes | None
+    priority: bytes | None
+
+    def __repr__(self) -> str:
+        return f"Arrival({self.request_id!r})"  # a key is not to be written anywhere
+
+    def check(self, most: int, most_bytes: int) -> None:
+        """Raises:
+        TooLarge: there are too many headers, or they are too long.
+        """
+        if self.count > most:
+            raise TooLarge(f"the request has more than {most} headers", status=431, code="headers_too_large")
+        if self.size > most_bytes:
+            raise TooLarge(f"the request's headers exceed {most_bytes} bytes", status=431, code="headers_too_large")
+
+
+def read_headers(  # noqa: C901 - a table of names, and one pass for all of them
+    headers: list[tuple[bytes, bytes]], *, keyed: bool = False
+) -> Arrival:
+    """Where keys are in use (``keyed``), the client's does not travel on."""
+    size = 4 * len(headers)
+    forwarded: list[tuple[bytes, bytes]] = []
+    shown = priority = connection = given = length = None
+    for header in headers:
+        name, value = header
+        size += len(name) + len(value)
+        if name not in _READ:
+            forwarded.append(header)
+        elif name == b"content-length":
+            length = value if length is None else length
+        elif name in CREDENTIALS:
+            if shown is None:
+                shown = shown_in(name, value)
+            if not keyed:
+                forwarded.append(header)
+        elif name == b"x-request-id":
+            given = value if given is None else given
+        elif name == PRIORITY_HEADER:
+            priority = value if priority is None else priority
+            forwarded.append(header)
+        elif name == b"connection":
+            connection = value if connection is None else b"%b,%b" % (connection, value)
+    if connection is not None and (dropped := _with_named(_HOP_BY_HOP, connection)) is not _HOP_BY_HOP:
+        forwarded = [header for header in forwarded if header[0] not in dropped]
+    declared = int(length) if length is not None and length.isdigit() else 0
+    return Arrival(_named(given), forwarded, declared, len(headers), size, shown, priority)
+
+
+def shown_in(name: bytes, value: bytes) -> bytes | None:
+    """The key or token that one of ``CREDENTIALS`` shows."""
+    if name == b"x-api-key":
+        return value.strip()
+    return value[7:].strip() if value[:7].lower() == b"bearer " else None
+
+
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The client's X-Request-Id, or a fresh one where it is missing or unfit for a header and an engine's id."""
-    given = next((value for name, value in headers if name == b"x-request-id"), None)
+    return _named(next((value for name, value in headers if name == b"x-request-id"), None))
+
+
+def _named(given: bytes | None) -> str:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
     return f"{_OWN_PREFIX}{next(_OWN_IDS):08x}"
 
 
-def forwarded_headers(headers: list[tuple[bytes, bytes]], *, most: int, most_bytes: int) -> list[tuple[bytes, bytes]]:
-    """The headers that travel on: all but those of this hop.
-
-    Raises:
-        TooLarge: there are too many, or they are too long.
-    """
-    size = 0
-    dropped = _HOP_BY_HOP
-    for name, value in headers:
-        size += len(name) + len(value) + 4
-        if name == b"connection":
-            dropped = _with_named(dropped, value)
-    if len(headers) > most:
-        raise TooLarge(f"the request has more than {most} headers", status=431, code="headers_too_large")
-    if size > most_bytes:
-        raise TooLarge(f"the request's headers exceed {most_bytes} bytes", status=431, code="headers_too_large")
-    return [header for header in headers if header[0] not in dropped]
-
-
 def response_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """A worker's response headers without those of its hop; Content-Length stays."""
-    dropped = _HOP_BY_HOP
-    for name, value in headers:
-        if name == b"connection":
-            dropped = _with_named(dropped, value)
-    return [h for h in headers if h[0] not in dropped or h[0] in (b"content-length", b"x-request-id")]
+    """A worker's response headers without those of its hop; Content-Length stays, and the id it gives the request."""
+    connection = None
+    kept = []
+    for header in headers:
+        name = header[0]
+        if name not in _HOP_BY_HOP or name in _KEPT:
+            kept.append(header)
+        elif name == b"connection":
+            connection = header[1] if connection is None else b"%b,%b" % (connection, header[1])
+    if connection is not None and (dropped := _with_named(_HOP_BY_HOP, connection)) is not _HOP_BY_HOP:
+        kept = [header for header in kept if header[0] not in dropped or header[0] in _KEPT]
+    return kept
 
 
 def _with_named(dropped: frozenset[bytes], connection: bytes) -> frozenset[bytes]:
@@ -222,17 +294,17 @@ def _decode(raw: bytes) -> dict[str, Any]:
 
 def _check_kinds(body: dict[str, Any]) -> None:
     for key, value in body.items():
-        if value is None:
-            continue
-        nested = isinstance(value, list | dict)
-        if nested and key in _SCALARS:
+        fine = _FINE.get(key)
+        if fine is not None and type(value) not in fine:
+            _check_kind(key, value)
+
+
+def _check_kind(key: str, value: Any) -> None:
+    if key in _SCALARS:
+        if isinstance(value, list | dict) or not _is_number(value):
             raise _wrong(key, "a number" if key in _NUMBERS else "a single value", value)
-        if key in _NUMBERS and isinstance(value, str) and not _is_number(value):
-            raise _wrong(key, "a number", value)
-        if key in _OBJECTS and not isinstance(value, dict):
-            raise _wrong(key, "an object", value)
-        if key == "tools" and not isinstance(value, list):
-            raise _wrong(key, "a list", value)
+    else:
+        raise _wrong(key, "a list" if key == "tools" else "an object", value)
 
 
 def _check_messages(body: dict[str, Any]) -> None:

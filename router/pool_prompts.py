@@ -8,13 +8,14 @@ asked; where that fails too the request is routed by load alone. Which way is ta
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
 from router.dialects import DIALECTS, Dialects
 from router.errors import UNDECODABLE, ConfigError, InvalidRequest, Unrenderable, UpstreamError
 from router.parity import check_parity
+from router.parse import Request
 from router.prompt import PromptBuilder, tokenize_request
 from router.prompt_ids import PromptIds
 from router.splice import Kind
@@ -31,7 +32,7 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinki
 _log = logging.getLogger(__name__)
 
 
-class Tokenized(NamedTuple):
+class Tokenized(msgspec.Struct, frozen=True, eq=False):
     """Token ids of each prompt of a request, empty where nobody could tell; ``by`` whom; ``why`` not by the router."""
 
     prompts: Sequence[PromptIds]
@@ -81,6 +82,17 @@ class PoolPrompts:
             self._log_once(self._fault)
         else:
             self._fault = ""
+
+    def at_once(self, request: Request) -> Tokenized | None:
+        """Token ids of a chat that needs nothing but copying and little encoding: nearly every one. None leaves it to
+        ``tokenize``."""
+        if request.plain is None or self.builder is None or self._fault or self._disagreeing:
+            return None
+        try:
+            ids = self.builder.plain_chat(request.body, request.plain)
+        except Unrenderable:
+            return None
+        return Tokenized([ids], "router") if ids is not None else None
 
     async def tokenize(self, kind: Kind, body: dict[str, Any], workers: Callable[[], Sequence[Worker]]) -> Tokenized:
         """Token ids of a request's prompts; one of ``workers`` may be asked for them.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from router.chat_template import ChatTemplate, ContentFormat
-from router.conversation import conversation_of, plain_texts, tools_of
+from router.conversation import PlainTexts, conversation_of, plain_texts, tools_of
 from router.errors import ConfigError, InvalidRequest, Unrenderable
 from router.prompt_ids import PromptIds
 from router.splice import Kind, can_carry_ids, splice_token_ids
@@ -44,6 +44,12 @@ _RENDERED_ORDER = (
     "tools",
 )
 _RENDERED_FIELDS = frozenset(_RENDERED_ORDER)
+_INFLUENTIAL_FIELDS = _RENDERED_FIELDS | {
+    "add_special_tokens",
+    "kv_transfer_params",
+    "truncate_prompt_tokens",
+    "truncation_side",
+}
 # Recordings of chats without such fields, and of each of the settings last seen: tools are as good as always the same.
 _PLAIN_BYTES = 8 << 20
 _SETTING_BYTES = 1 << 20
@@ -143,6 +149,28 @@ class PromptBuilder:
         if _is_long(body):
             return await asyncio.to_thread(self._chat_now, body)
         return await self._finish(self._chat(body))
+
+    def plain_chat(self, body: dict[str, Any], plain: PlainTexts) -> PromptIds | None:
+        """What ``chat_async`` gives for a chat of these texts that has no member of influence on its prompt, where that
+        takes no longer than the event loop can bear; None for every other.
+
+        Raises:
+            Unrenderable: only the worker can tell.
+        """
+        by_heart, memory = self._by_heart, self.memory
+        if by_heart is None or memory is None or not _INFLUENTIAL_FIELDS.isdisjoint(body):
+            return None
+        roles, texts = plain
+        if len(texts) > _MANY_MESSAGES or sum(map(len, texts)) > _LONG_BODY:
+            return None
+        text = by_heart.render(roles, texts)
+        if text is None:
+            return None
+        found = memory.find(text)
+        if self.tokenizer.seconds_for(found.missing) > LOOP_BUDGET_S:
+            return None
+        self.renders_by_heart += 1
+        return memory.finish(found)
 
     def _chat_now(self, body: dict[str, Any]) -> PromptIds:
         return self._chat(body)()

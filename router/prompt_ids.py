@@ -137,6 +137,8 @@ class PromptIds:
 
         O(prefixes + tokens not hashed before in this namespace); about 1 µs per chunk of 256 tokens.
         """
+        if not self._chain:
+            return run_hashes(root, self._tail, chunk_size)
         hashes: list[bytes] = []
         last, carry = root, b""
         for prefix in self._chain:

@@ -107,10 +107,10 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
-        self._size = 0
+        self.size = 0
 
     def __len__(self) -> int:
-        return self._size
+        return self.size
 
     @property
     def by_tenant(self) -> dict[str, int]:
@@ -123,12 +123,12 @@ class FairQueue:
 
     def add(self, claim: Claim, future: asyncio.Future[None]) -> Turn:
         """Stand in line."""
-        self._size += 1
+        self.size += 1
         return self._levels.setdefault(claim.priority, _Level()).add(claim, future)
 
     def pop(self) -> Turn | None:
         """Whose turn it is, taken out of the queue; None when nobody waits."""
-        for priority in sorted(self._levels) if self._size else ():
+        for priority in sorted(self._levels) if self.size else ():
             # Requests that were cancelled stand here until their tasks had the time to say so.
             if (turn := self._levels[priority].pop()) is not None:
                 self._left(priority)
@@ -143,7 +143,7 @@ class FairQueue:
 
     def displace(self, claim: Claim) -> Turn | None:
         """The request that has to make room for this one, taken out of the queue; None when none has."""
-        if not self._size or (last := max(self._levels)) < claim.priority:
+        if not self.size or (last := max(self._levels)) < claim.priority:
             return None
         level = self._levels[last]
         line = level.longest()
@@ -156,7 +156,7 @@ class FairQueue:
         return turn
 
     def _left(self, priority: int) -> None:
-        self._size -= 1
+        self.size -= 1
         level = self._levels[priority]
         if level.size:
             level.compact()

@@ -54,6 +54,8 @@ class Protocol(HttpToolsProtocol):
         self._promised: int | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._overdue: asyncio.TimerHandle | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._idle_since = 0.0
 
     def start(self, cycle: RequestResponseCycle, status: int, headers: Headers) -> None:
         """Begin a response. Its head is sent with the first of its body. Clients may send requests ahead: ``cycle`` says
@@ -79,10 +81,18 @@ class Protocol(HttpToolsProtocol):
         if self.flow.write_paused and not cycle.disconnected:
             await self.flow.drain()
 
+    def answer(self, cycle: RequestResponseCycle, status: int, headers: Headers, data: bytes) -> None:
+        """Send a whole response at once; for connections whose writing is not paused."""
+        self.start(cycle, status, headers)
+        self._end_with(cycle, data)
+
     async def finish(self, cycle: RequestResponseCycle, data: bytes) -> None:
         """Send the last body bytes. A body shorter than was promised ends the connection."""
         if self.flow.write_paused and not cycle.disconnected:
             await self.flow.drain()
+        self._end_with(cycle, data)
+
+    def _end_with(self, cycle: RequestResponseCycle, data: bytes) -> None:
         if cycle.disconnected:
             return
         self._write(cycle, data, b"0\r\n\r\n")
@@ -142,6 +152,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._received = data
+        self._idle_since = math.inf
         super().data_received(data)
         if self._ending or self.transport.is_closing():
             return
@@ -168,9 +179,34 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
-        if self.cycle.response_complete:  # answered before its body was here
-            self.cycle.more_body = False
+        cycle = self.cycle
+        if cycle.response_complete:  # answered before its body was here
+            cycle.more_body = False
+        elif not (self.parser.should_upgrade() and self._should_upgrade()):
+            cycle.more_body = False
+            cycle.message_event.set()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but with one timer for all the pauses between requests instead of one for each."""
+        if self.pipeline or self.timeout_keep_alive == self.drain_idle:
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused:
+            self.flow.resume_reading()
+        self._idle_since = self.loop.time()
+        if self._idle is None:
+            self._idle = self.loop.call_later(self.timeout_keep_alive, self._end_idleness)
+
+    def _end_idleness(self) -> None:
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left <= 0:
+            self._idle = None
+            self.timeout_keep_alive_handler()
+        else:
+            self._idle = self.loop.call_later(min(left, self.timeout_keep_alive), self._end_idleness)
 
     def _should_upgrade(self) -> bool:
         """Asked only of requests that offer another protocol: they begin as any other, and do not end with their head."""
@@ -219,10 +255,25 @@ class Protocol(HttpToolsProtocol):
         if self._overdue is not None:
             self._overdue.cancel()
             self._overdue = None
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
         self.resume_writing()
         super().connection_lost(exc)
         if self.on_lost is not None:
             self.on_lost()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        task = self.loop.create_task(self._run(cycle, app))
+        cycle.task = task  # type: ignore[attr-defined] # ours alone
+        self.tasks.add(task)
+
+    async def _run(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Without a callback for the task's end, which would take another turn of the loop."""
+        try:
+            await cycle.run_asgi(app)
+        finally:
+            self.tasks.discard(cycle.task)  # type: ignore[attr-defined] # set above
 
     def pause_writing(self) -> None:
         super().pause_writing()

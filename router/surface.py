@@ -7,11 +7,11 @@ from typing import Any, cast
 import msgspec
 
 from router.accounting import Accounting, Decision
-from router.client import Client, Headers
+from router.client import Client
 from router.clients import ResponsesClient
 from router.endpoints import PASSED_THROUGH, TABLE, response_id
 from router.errors import InvalidRequest
-from router.parse import Request, parse_other, parse_request
+from router.parse import Arrival, Request, parse_other, parse_request
 from router.pool_prompts import Tokenized
 from router.splice import Kind
 from router.stored import StoredResponses, id_for
@@ -30,15 +30,13 @@ class Surface:
         self.stored = stored
         self._accounting = accounting
 
-    async def read(
-        self, client: Client, kind: Kind, raw: bytes, headers: Headers, request_id: str, *, tenant: str
-    ) -> Request:
+    async def read(self, client: Client, kind: Kind, raw: bytes, arrival: Arrival, *, tenant: str) -> Request:
         """The parse step. One that asks for, or goes on from, a stored response is bound to the worker that keeps it.
 
         Raises:
             ApiError: it cannot be read, or what it asks for is nowhere.
         """
-        scope = client.scope
+        scope, headers, request_id = client.scope, arrival.headers, arrival.request_id
         if kind in UNSCORED:
             repeatable = TABLE.get(scope["path"], PASSED_THROUGH).repeatable
             request = parse_other(kind, scope, raw, headers, request_id, repeatable=repeatable)

@@ -43,12 +43,13 @@ class Response(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One connection; ``status`` and ``headers`` (names in lower case) are valid after ``head()``."""
+    """One connection; ``status`` and ``headers`` (names in lower case) are valid once ``head_done``; until then ``more`` is to be awaited."""
 
     def __init__(self, worker: str, idle_timeout: float, loop: asyncio.AbstractEventLoop) -> None:
         self._worker = worker
         self._idle_timeout = idle_timeout
         self._loop = loop
+        self.now = loop.time
         self._transport: asyncio.Transport = None  # type: ignore[assignment] # set by connection_made
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
@@ -64,7 +65,7 @@ class Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._size = 0
         self._head_size = 0
-        self._head_done = self._done = self._until_close = self._surplus = self._body_begun = False
+        self.head_done = self._done = self._until_close = self._surplus = self._body_begun = False
         self._keep_alive = True
         self.headers: Headers = []
         self.status = 0
@@ -93,24 +94,15 @@ class Connection(asyncio.Protocol):
     @property
     def untouched(self) -> bool:
         """Nothing of the response has arrived."""
-        return not self._head_size and not self._head_done
+        return not self._head_size and not self.head_done
 
     def send(self, head: bytes, body: bytes, first_byte_timeout: float) -> None:
         """Send a request. The previous response must be complete."""
         if self.used:
             self._reset()
         self.used = True
-        self.deadline = self._loop.time() + first_byte_timeout
+        self.deadline = self.now() + first_byte_timeout
         self._transport.writelines((head, body))
-
-    async def head(self) -> None:
-        """Wait for status and headers.
-
-        Raises:
-            UpstreamError: the worker failed before sending them.
-        """
-        while not self._head_done:
-            await self._more()
 
     async def read(self) -> bytes:
         """The body bytes that have arrived, waiting for some; empty at the end.
@@ -121,8 +113,8 @@ class Connection(asyncio.Protocol):
         while not self._chunks:
             if self._done:
                 return b""
-            await self._more()
-        return self._take()
+            await self.more()
+        return self.take()
 
     async def read_whole(self, limit: int) -> bytes:
         """The body up to its end, or the first part of it that exceeds ``limit``; ``complete`` tells which."""
@@ -130,11 +122,11 @@ class Connection(asyncio.Protocol):
         size = 0
         while True:
             if self._chunks:
-                parts.append(self._take())
+                parts.append(self.take())
                 size += len(parts[-1])
             if self._done or size > limit:
                 return parts[0] if len(parts) == 1 else b"".join(parts)
-            await self._more()
+            await self.more()
 
     async def pump(self, sink: Callable[[bytes], bool]) -> bool:
         """Hand body bytes to ``sink`` as they arrive, without waking a task for each; whether the end was reached. The
@@ -144,13 +136,13 @@ class Connection(asyncio.Protocol):
             UpstreamError: the worker failed before the response was complete.
         """
         while True:
-            if self._chunks and not sink(self._take()):
+            if self._chunks and not sink(self.take()):
                 return False
             if self._done and not self._chunks:
                 return True
             self._sink, self._full = sink, False
             try:
-                await self._more()
+                await self.more()
             finally:
                 self._sink = None
             if self._full:
@@ -165,20 +157,26 @@ class Connection(asyncio.Protocol):
     def check_deadline(self, now: float) -> None:
         if self._done or self._paused or self._error is not None or now < self.deadline:
             return
-        what = "sent nothing more in time" if self._head_done else "did not answer in time"
+        what = "sent nothing more in time" if self.head_done else "did not answer in time"
         self.abort(UpstreamTimeout(self._worker, what))
 
-    async def _more(self) -> None:
+    def more(self) -> asyncio.Future[None]:
+        """What to await for more of the response.
+
+        Raises:
+            UpstreamError: nothing more will come.
+        """
         if self._error is not None:
             raise self._error
-        self._waiter = self._loop.create_future()
-        await self._waiter
+        waiter = self._waiter = self._loop.create_future()
+        return waiter
 
-    def _take(self) -> bytes:
+    def take(self) -> bytes:
+        """The body bytes that have arrived; empty where none have."""
         chunks, self._chunks, self._size = self._chunks, [], 0
         if self._paused:
             self._paused = False
-            self.deadline = self._loop.time() + self._idle_timeout
+            self.deadline = self.now() + self._idle_timeout
             self._transport.resume_reading()
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -203,7 +201,7 @@ class Connection(asyncio.Protocol):
         if self._done:
             self._overrun()
             return
-        if not self._head_done:
+        if not self.head_done:
             self._head_size += len(data)
         try:
             self._parser.feed_data(data)
@@ -215,16 +213,16 @@ class Connection(asyncio.Protocol):
             return
         if self._sink is not None and not self._done:
             self._feed(self._sink)
-        elif self._chunks or self._done or self._head_done:
+        elif self._chunks or self._done or self.head_done:
             self._wake()
         if self._size > HIGH_WATER and not self._paused and not self._done:
             self._paused = True
             self._transport.pause_reading()
-        elif not self._head_done and self._head_size > MAX_HEAD_BYTES:
+        elif not self.head_done and self._head_size > MAX_HEAD_BYTES:
             self.abort(UpstreamClosed(self._worker, f"sent a response head above {MAX_HEAD_BYTES} bytes"))
 
     def _feed(self, sink: Callable[[bytes], bool]) -> None:
-        if self._chunks and not sink(self._take()):
+        if self._chunks and not sink(self.take()):
             self._sink, self._full = None, True
             self._wake()
 
@@ -246,7 +244,7 @@ class Connection(asyncio.Protocol):
     # What the parser calls.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._head_done:
+        if not self.head_done:
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -260,7 +258,7 @@ class Connection(asyncio.Protocol):
         if self.status < 200:
             self.headers = []
             return
-        self._head_done = True
+        self.head_done = True
         self._keep_alive = self._parser.should_keep_alive()
         self._until_close = not _has_length(self.headers) and self.status not in (204, 304)
 
@@ -270,10 +268,10 @@ class Connection(asyncio.Protocol):
         self._body_begun = True
         self._chunks.append(body)
         self._size += len(body)
-        self.deadline = self._loop.time() + self._idle_timeout
+        self.deadline = self.now() + self._idle_timeout
 
     def on_message_complete(self) -> None:
-        self._done = self._head_done
+        self._done = self.head_done
 
 
 class Upstream:
@@ -339,7 +337,8 @@ class Upstream:
             self._tick()
             try:
                 connection.send(head, body, deadline)
-                await connection.head()
+                while not connection.head_done:
+                    await connection.more()
             except UpstreamClosed:
                 self.release(connection)
                 if not reused or not connection.untouched:
@@ -378,7 +377,7 @@ class Upstream:
         """Give a connection back: kept when its response is complete, closed at once otherwise."""
         self._busy.discard(connection)
         if connection.complete and connection.reusable and len(self._idle) < MAX_IDLE:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.idle_since = connection.now()
             self._idle.append(connection)
         else:
             connection.abort()

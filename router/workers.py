@@ -60,8 +60,8 @@ class Load:
 
     def __init__(self) -> None:
         self.in_flight = 0
-        self._own = 0
-        self._others = 0
+        self.own = 0
+        self.others = 0
         self._flights: dict[Flight, None] = {}
         self._shared_beats = 0
 
@@ -72,17 +72,17 @@ class Load:
 
     @property
     def uncached_tokens(self) -> int:
-        return self._own + self._others
+        return self.own + self.others
 
     def sent(self, flight: Flight) -> None:
         self.in_flight += 1
-        self._own += flight.uncached
+        self.own += flight.uncached
         flight.tokens = flight.uncached
         self._flights[flight] = None
 
     def computed(self, flight: Flight) -> None:
         """The first byte came: the prompt is computed. Calling it again changes nothing."""
-        self._own -= flight.uncached
+        self.own -= flight.uncached
         flight.uncached = flight.tokens = 0
 
     def finished(self, flight: Flight) -> None:
@@ -97,17 +97,17 @@ class Load:
             remaining = min(flight.tokens, left)
             left -= remaining
             if now - flight.sent_at >= IN_TRANSIT_S:
-                self._own += remaining - flight.uncached
+                self.own += remaining - flight.uncached
                 flight.uncached = remaining
-        self._others = left
+        self.others = left
         self._shared_beats = _SHARED_BEATS if left >= _SHARED_TOKENS else max(0, self._shared_beats - 1)
 
     def unreported(self) -> None:
         """The worker's figure is gone: what was sent from here is all that counts."""
         for flight in self._flights:
             flight.uncached = flight.tokens
-        self._own = sum(flight.uncached for flight in self._flights)
-        self._others = 0
+        self.own = sum(flight.uncached for flight in self._flights)
+        self.others = 0
 
 
 class Worker:
@@ -133,6 +133,8 @@ class Worker:
         """Model name and chunk size its chunk hashes descend from; None while nothing of its cache is known."""
         self.heartbeat: Heartbeat | None = None
         self.heartbeat_at = 0.0
+        self.prefill_speed = 0.0
+        """Tokens per second as the worker measured it; 0 where unknown, or where its figure is none."""
         self.synced = False
         self.reports_error = ""
         self.parity: Parity = "unchecked"
@@ -169,13 +171,7 @@ class Worker:
         running = load.in_flight
         if beat is not None and beat.running + beat.waiting > running:
             running = beat.running + beat.waiting
-        return load.uncached_tokens + DECODE_TOKENS * running
-
-    @property
-    def prefill_speed(self) -> float:
-        """Tokens per second as the worker measured it; 0 where unknown, or where its figure is none."""
-        speed = self.heartbeat.prefill_speed if self.heartbeat is not None else 0.0
-        return speed if 0 < speed < math.inf else 0.0
+        return load.own + load.others + DECODE_TOKENS * running
 
     def max_model_len(self, model: str) -> int:
         """Longest context in tokens; 0 where unknown."""
@@ -188,7 +184,7 @@ class Worker:
 
     def available(self, now: float) -> bool:
         """Whether a request may be sent to it."""
-        return self.up and not self.draining and self.breaker.allows(now)
+        return self.up and not self.draining and (not self.breaker.badness or self.breaker.allows(now))
 
     def judge(self, *, right: bool) -> bool:
         """Take a prediction's outcome into account; whether trust just fell below the floor."""
@@ -209,6 +205,8 @@ class Worker:
         """Take a heartbeat. The average of its load goes over the last few."""
         self.heartbeat = heartbeat
         self.heartbeat_at = now
+        speed = heartbeat.prefill_speed
+        self.prefill_speed = speed if 0 < speed < math.inf else 0.0
         self.load.heartbeat(heartbeat.uncached_tokens, now)
         self.average_load += _AVERAGE_STEP * (self.weight - self.average_load)
 
@@ -219,6 +217,7 @@ class Worker:
     def forget_reports(self) -> None:
         """The report stream is gone, and with it what was known from it."""
         self.hello = self.heartbeat = None
+        self.prefill_speed = 0.0
         self.average_load = 0.0
         self.synced = False
         self.load.unreported()

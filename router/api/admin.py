@@ -19,7 +19,7 @@ from router.workers import Worker
 
 if TYPE_CHECKING:
     from router.app import Gateway
-    from router.pipeline import Plan, Routed
+    from router.choosing import Plan, Routed
 
 
 PromptKind = Literal["chat", "completions", "messages", "responses", "generate"]
@@ -257,7 +257,7 @@ def explanation(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> di
         {
             "worker": item.worker.name,
             "hit_tokens": hits[item.worker.name].total,
-            "hit_tokens_by_tier": gateway.pipeline.tiers(plan, item.worker),
+            "hit_tokens_by_tier": gateway.pipeline.chooser.tiers(plan, item.worker),
             "uncached_tokens_in_flight": item.worker.load.uncached_tokens,
             "in_flight": item.in_flight,
             "load": item.load,

@@ -1,12 +1,14 @@
 """How a worker is chosen: the one interface every policy has."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from router.index import Hit
-from router.workers import Worker
+from router.workers import TRUST_FLOOR, Worker
 
 SHARED_SLACK_TOKENS = 512
 """Loads that differ by less are equal among routers that share the workers."""
@@ -15,7 +17,7 @@ Hashes = Mapping[tuple[str, int], Sequence[Sequence[bytes]]]
 """Each prompt's chunk hashes, by model name and chunk size."""
 
 
-class Query(NamedTuple):
+class Query(msgspec.Struct, frozen=True, eq=False):
     """What a policy may know of a request. ``prompt_tokens`` is 0 where the prompt was not tokenized; ``tiers`` says
     how many tokens of its hit a worker has in each tier, at a cost of O(chunks)."""
 
@@ -30,7 +32,7 @@ class Query(NamedTuple):
         return next((value for key, value in self.headers if key == name), None)
 
 
-class Candidate(NamedTuple):
+class Candidate(msgspec.Struct, frozen=True, eq=False):
     """A worker that can take the request. ``hit_tokens`` as far as its index is believed, ``gpu_tokens`` those of them
     that need not be loaded; ``load`` in tokens, as ``Worker.weight``; ``prefill_speed`` in tokens per second, 0 where
     unknown."""
@@ -43,7 +45,7 @@ class Candidate(NamedTuple):
     gpu_tokens: int = 0
 
 
-class Choice(NamedTuple):
+class Choice(msgspec.Struct, frozen=True):
     """The worker, and why, for people."""
 
     worker: Worker
@@ -69,29 +71,29 @@ class Policy(Protocol):
 def candidate(worker: Worker, hit: Hit) -> Candidate:
     """What policies see of a worker that holds ``hit`` tokens of the prompt."""
     gpu, total = hit
-    believed = worker.believed(total) if total else 0
-    return Candidate(
-        worker,
-        believed,
-        worker.weight,
-        worker.load.in_flight,
-        worker.prefill_speed,
-        min(believed, gpu),
-    )
+    if worker.trust < TRUST_FLOOR:
+        total = worker.believed(total)
+        gpu = min(gpu, total)
+    return Candidate(worker, total, worker.weight, worker.load.in_flight, worker.prefill_speed, gpu)
 
 
-def pick(candidates: Iterable[Candidate], rng: random.Random) -> Candidate:
+def pick(candidates: Sequence[Candidate], rng: random.Random) -> Candidate:
     """The least loaded; among equals, one at random. Where other routers send to the same workers, loads that are nearly
     equal count as equal: by the same reports all of them would take the same worker until the next heartbeat."""
-    ranked = list(candidates)
-    if len(ranked) == 1:
-        return ranked[0]
-    least = min([(c.load, c.in_flight) for c in ranked])
-    if ranked[0].worker.load.shared:
-        equal = [c for c in ranked if c.load <= least[0] + SHARED_SLACK_TOKENS]
-    else:
-        equal = [c for c in ranked if (c.load, c.in_flight) == least]
-    return equal[0] if len(equal) == 1 else rng.choice(equal)
+    best = candidates[0]
+    if best.worker.load.shared:
+        most = min([c.load for c in candidates]) + SHARED_SLACK_TOKENS
+        return rng.choice([c for c in candidates if c.load <= most])
+    equal = 0
+    load, in_flight = best.load, best.in_flight
+    for each in candidates:
+        if each.load < load or (each.load == load and each.in_flight < in_flight):
+            best, load, in_flight, equal = each, each.load, each.in_flight, 1
+        elif each.load == load and each.in_flight == in_flight:
+            equal += 1
+            if equal > 1 and rng.random() * equal < 1:  # the n-th of equals with a chance of 1/n
+                best = each
+    return best
 
 
 def short(tokens: int) -> str:

@@ -10,7 +10,7 @@ lasting lead that as many later requests escape as lately came, exceeds ``COPY_W
 the difference of load averages, so that many prefixes spread over a balanced fleet are not copied for every ripple.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
 from router.policies.base import Candidate, Query, short
@@ -26,12 +26,12 @@ class HotPrefixes:
 
     def __init__(self, window: int = WINDOW) -> None:
         self._last: deque[bytes] = deque()
-        self._counts: Counter[bytes] = Counter()
+        self._counts: dict[bytes, int] = {}
         self._window = window
 
     def met(self, chunk: bytes) -> int:
         """How many recent requests had their longest hit end at this chunk, before this one, which is counted."""
-        seen = self._counts[chunk]
+        seen = self._counts.get(chunk, 0)
         self._counts[chunk] = seen + 1
         self._last.append(chunk)
         if len(self._last) > self._window:

@@ -30,17 +30,21 @@ class LongestHit:
         self._hot = HotPrefixes()
 
     def choose(self, query: Query, candidates: Sequence[Candidate]) -> Choice:
-        tokens = {c.hit_tokens for c in candidates}
-        if not any(tokens):
+        least, longest = candidates[0].load, 0
+        for each in candidates:
+            least = min(least, each.load)
+            longest = max(longest, each.hit_tokens)
+        if not longest:
             return least_loaded(candidates, self._rng, "no hit; ")
-        least = min([c.load for c in candidates])
         passed: Candidate | None = None
-        for hit in sorted(tokens, reverse=True):
+        hit = longest
+        while True:
             best = pick([c for c in candidates if c.hit_tokens == hit], self._rng)
             if best.load - least <= self._saturation.limit(best.prefill_speed):
                 return self._or_copy(query, best, candidates, _reason(query, best, passed, least))
             passed = passed or best
-        raise AssertionError("the least loaded worker leads nobody")
+            # There is a next one: the least loaded worker leads nobody.
+            hit = max([c.hit_tokens for c in candidates if c.hit_tokens < hit])
 
     def _or_copy(self, query: Query, best: Candidate, candidates: Sequence[Candidate], reason: str) -> Choice:
         idle = pick(candidates, self._rng)

@@ -134,7 +134,7 @@ async def check_counts(gateway: RunningGateway) -> None:
     await until(lambda: not any(worker.load.in_flight for worker in inner.registry.workers))
     await until(lambda: not any(worker.upstream._busy for worker in inner.registry.workers))
     assert inner.admission.in_flight == 0
-    assert [worker.load._own for worker in inner.registry.workers] == [0, 0]
+    assert [worker.load.own for worker in inner.registry.workers] == [0, 0]
     for record in inner.accounting.recent(1000):
         assert record.outcome != "running"
         assert record.duration_s is not None

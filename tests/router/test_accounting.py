@@ -32,6 +32,7 @@ class BytesBuilder(PromptBuilder):
     def __init__(self) -> None:
         self.memory = None
         self.renders_by_heart = 0
+        self._by_heart = None
 
     def chat(self, body: dict[str, Any]) -> list[int]:
         return prompt_tokens(body)

@@ -262,5 +262,5 @@ def test_reasons_are_counted_under_few_kinds(reason: str, kind: str) -> None:
 
     metrics = Metrics(Registry(), Index(), Admission(1, 1, 1, 1))
     metrics.decided(reason)
-    counted = {k: child._value.get() for k, child in metrics._by_reason.items()}
+    counted = {k: child.value for k, child in metrics._by_reason.items()}
     assert {k: value for k, value in counted.items() if value} == {kind: 1}

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from router.errors import ApiError, InvalidRequest
-from router.parse import forwarded_headers, parse_request, request_id_of
+from router.parse import parse_request, read_headers, request_id_of
 from tests.support.simulated_worker import (
     CHUNK,
     RunningGateway,
@@ -369,9 +369,28 @@ def test_request_ids() -> None:
 
 def test_headers_of_this_hop_stay_here() -> None:
     headers = [(b"host", b"h"), (b"connection", b"x-mine, close"), (b"x-mine", b"1"), (b"x-other", b"2")]
-    assert forwarded_headers(headers, most=10, most_bytes=1000) == [(b"x-other", b"2")]
+    arrival = read_headers(headers)
+    assert arrival.headers == [(b"x-other", b"2")]
+    arrival.check(4, 1000)
     with pytest.raises(ApiError, match="more than 3 headers"):
-        forwarded_headers(headers, most=3, most_bytes=1000)
+        arrival.check(3, 1000)
+    with pytest.raises(ApiError, match="exceed 50 bytes"):
+        arrival.check(4, 50)
+
+
+def test_headers_are_read_in_one_pass() -> None:
+    key = (b"authorization", b"bearer  secret ")
+    headers = [(b"content-length", b"12"), (b"x-warmroute-priority", b"3"), key, (b"x-api-key", b"other")]
+    headers += [(b"x-request-id", b"first"), (b"x-request-id", b"second"), (b"connection", b"a"), (b"connection", b"b")]
+    headers += [(b"a", b"1"), (b"b", b"2"), (b"c", b"3")]
+    arrival = read_headers(headers, keyed=True)
+    assert arrival.headers == [(b"x-warmroute-priority", b"3"), (b"c", b"3")]
+    assert (arrival.shown, arrival.priority, arrival.length) == (b"secret", b"3", 12)
+    assert arrival.request_id == "first"
+    assert b"secret" not in repr(arrival).encode()
+    assert key in read_headers(headers).headers, "without keys here it may be the worker's own"
+    for length in (b"", b"-1", b"x", "²".encode("latin-1")):
+        assert read_headers([(b"content-length", length)]).length == 0
 
 
 async def raw_answer(gateway: RunningGateway, data: bytes) -> bytes:

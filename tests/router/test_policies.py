@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kv_protocol.identity import Identity
@@ -208,12 +209,13 @@ def test_only_the_sessions_of_a_worker_that_leaves_move(sessions: set[str], gone
 
 def test_a_saturated_worker_gives_its_sessions_to_their_second() -> None:
     home = of_session(session(), "s", MANY).worker
-    loaded = [item._replace(load=2001) if item.worker is home else item for item in MANY]
-    second, reason = of_session(session(), "s", loaded)
+    loaded = [replace(item, load=2001) if item.worker is home else item for item in MANY]
+    choice = of_session(session(), "s", loaded)
+    second, reason = choice.worker, choice.reason
     assert second is not home
     assert reason == f"saturated: the session's worker {home.name} leads by 2,001 tokens"
     assert of_session(session(), "s", [item for item in MANY if item.worker is not home]).worker is second
-    within = [item._replace(load=2000) if item.worker is home else item for item in MANY]
+    within = [replace(item, load=2000) if item.worker is home else item for item in MANY]
     assert of_session(session(), "s", within).worker is home
 
 
@@ -231,26 +233,26 @@ def least_ttft(weight: float = 4.0) -> LeastTtft:
 
 def test_least_ttft_weighs_waiting_against_computing() -> None:
     quick = candidate("b", speed=100_000)
-    warm = candidate("a", 4000, load=15_800, speed=100_000)._replace(gpu_tokens=4000)
+    warm = replace(candidate("a", 4000, load=15_800, speed=100_000), gpu_tokens=4000)
     assert chosen(least_ttft(), warm, quick)[0] == "a"
-    assert chosen(least_ttft(), warm._replace(load=16_200), quick)[0] == "b"
-    assert chosen(least_ttft(1.0), warm._replace(load=3_800), quick)[0] == "a"
-    assert chosen(least_ttft(1.0), warm._replace(load=4_200), quick)[0] == "b"
+    assert chosen(least_ttft(), replace(warm, load=16_200), quick)[0] == "b"
+    assert chosen(least_ttft(1.0), replace(warm, load=3_800), quick)[0] == "a"
+    assert chosen(least_ttft(1.0), replace(warm, load=4_200), quick)[0] == "b"
 
 
 def test_nobody_waits_more_than_a_second_for_the_others_sake() -> None:
-    idle, warm = candidate("b"), candidate("a", 4000, load=4_990)._replace(gpu_tokens=4000)
+    idle, warm = candidate("b"), replace(candidate("a", 4000, load=4_990), gpu_tokens=4000)
     assert chosen(least_ttft(), warm, idle)[0] == "a"
-    assert chosen(least_ttft(), warm._replace(load=5_010), idle)[0] == "b"
+    assert chosen(least_ttft(), replace(warm, load=5_010), idle)[0] == "b"
 
 
 def test_least_ttft_says_what_it_expects() -> None:
-    _, reason = chosen(least_ttft(), candidate("a", 4000, load=500)._replace(gpu_tokens=4000))
+    _, reason = chosen(least_ttft(), replace(candidate("a", 4000, load=500), gpu_tokens=4000))
     assert reason == "first token in 1,500 ms: 500 waiting, 1,000 computing; holds 4,000 of 5,000 tokens"
 
 
 def test_least_ttft_prefers_a_hit_in_the_gpu_to_one_that_has_to_be_loaded() -> None:
-    near, far = candidate("a", 4096)._replace(gpu_tokens=4096), candidate("b", 4096)
+    near, far = replace(candidate("a", 4096), gpu_tokens=4096), candidate("b", 4096)
     assert {chosen(least_ttft(), far, near)[0] for _ in range(10)} == {"a"}
 
 
@@ -371,7 +373,7 @@ def test_a_header_that_names_no_policy_is_refused_with_the_nearest() -> None:
 def test_a_shadow_changes_nothing_and_is_counted() -> None:
     settings = Settings(policy="round-robin", shadow_policy="longest-hit", seed=1)
     alone, shadowed = make_policy(Settings(policy="round-robin", seed=1)), make_policy(settings)
-    warm, idle = candidate("a", 4864)._replace(gpu_tokens=4864), candidate("b")
+    warm, idle = replace(candidate("a", 4864), gpu_tokens=4864), candidate("b")
     both = [[policy.choose(Query("m", 5000), [warm, idle]) for _ in range(10)] for policy in (alone, shadowed)]
     assert both[0] == both[1]
     comparison = comparison_of(shadowed)

@@ -123,6 +123,7 @@ class BytesBuilder(PromptBuilder):
     def __init__(self) -> None:
         self.memory = None
         self.renders_by_heart = 0
+        self._by_heart = None
 
     def template_source(self, *, with_tools: bool) -> str | None:
         del with_tools
