@@ -50,7 +50,6 @@ struct Slot {
 // Page-locked memory that kernels write to and wr_finish reads.
 struct Shared {
     Outcome outcome;
-    uint64_t sum;
 };
 
 enum class Route { engine, direct, staged };
