@@ -86,6 +86,7 @@ class ConnectorConfig:
     write_policy: str = "through"
     write_admission: str = "always"
     ttl: int = 0
+    cache_warmup: bool = False
     lower_tier_patience: float = 5.0
     model_name: str = ""
     report_host: str = "127.0.0.1"
@@ -172,6 +173,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "write_policy": choice("through", "back"),
     "write_admission": choice("always", "second-touch"),
     "ttl": non_negative,
+    "cache_warmup": boolean,
     "lower_tier_patience": seconds,
     "model_name": text,
     "report_host": text,

@@ -125,7 +125,6 @@ class Absent(NamedTuple):
 
 ABSENT: dict[str, Absent] = {
     "retrieval_mode": Absent("available here: exact", ("exact", "")),
-    "cache_warmup": Absent("caches are not warmed up at start: leave it false"),
     "async_write": Absent("saves are always asynchronous: leave it true", (True, 1, "")),
     "enable_vision_cache": Absent("outputs of vision encoders are not cached: leave it false"),
     "conversation_mode": Absent(

@@ -157,7 +157,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.request_finished(request, [])
 
     def has_pending_push_work(self) -> bool:
-        return self._scheduler is not None and self._scheduler.planner.has_unfinished_transfers()
+        return self._scheduler is not None and self._scheduler.has_unfinished_transfers()
 
     def take_events(self) -> Iterable[Any]:
         if self._scheduler is not None:

@@ -18,12 +18,13 @@ free when the last of them ends, so bytes never change under a transfer.
 """
 
 import threading
-from collections.abc import Container, Iterable
+import time
+from collections.abc import Callable, Container, Iterable
 from enum import Enum
 
 from kv_protocol.digests import RunningDigest, SetDigest
 from kv_protocol.messages import Cleared, Removed, Stored, pack
-from worker_connector.eviction import EvictionPolicy
+from worker_connector.eviction import EvictionPolicy, Expiring
 
 Change = Stored | Removed | Cleared
 
@@ -59,13 +60,17 @@ class Slot:
 
 
 class Ledger:
-    """Which chunk is where. See the module's text for the life of a slot."""
+    """Which chunk is where. See the module's text for the life of a slot. ``ttl`` seconds after its save a chunk of the cpu
+    tier is of no use any more; 0 for never."""
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, ttl: float = 0.0, clock: Callable[[], float] = time.time) -> None:
         self.lock = threading.RLock()
+        self._ttl = ttl
+        self._clock = clock
+        self._expiring = Expiring(policy, clock) if ttl else None
         self.capacity = 0
         self.evictions = 0
-        self._policy = policy
+        self._policy: EvictionPolicy = self._expiring or policy
         self._gpu: set[bytes] = set()
         self._slots: dict[bytes, Slot] = {}
         self._forgotten: set[Slot] = set()
@@ -119,6 +124,8 @@ class Ledger:
                 self._free_if_unused(slot)
                 return
             self._policy.add(slot.chunk)
+            if self._expiring is not None:
+                self._expiring.expire(slot.chunk, self._clock() + self._ttl)
             if not slot.hidden:
                 self._ready += 1
                 self._digests[CPU].add(slot.chunk)
@@ -133,6 +140,13 @@ class Ledger:
                 slot.forgotten = True
                 self._forgotten.add(slot)
             self._free_if_unused(slot)
+
+    def expire(self, most: int = 64) -> None:
+        """Drop chunks of the cpu tier that have outlived their time, ``most`` at once."""
+        if self._expiring is not None:
+            with self.lock:
+                for chunk in self._expiring.expired(most):
+                    self.forget(chunk)
 
     # ---- cpu tier: lookups and loads ----------------------------------------------------------------------------
 

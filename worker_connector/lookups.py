@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.errors import StoreUnavailable
 from worker_connector.ledger import Ledger
-from worker_connector.tiers.base import Store, pages
+from worker_connector.tiers.base import Entry, Store, pages
 
 _PAGE_SECONDS = 10.0
 _MOST_QUESTIONS = 256
@@ -136,7 +136,11 @@ class _TierLookups:
                 if self._stop.is_set():
                     return
                 chunks, question, until = self._questions.popleft()
-            present = self._present(chunks, until) if time.monotonic() < until else []
+            present: list[bytes] = []
+            try:
+                present = self._present(chunks, until) if time.monotonic() < until else []
+            except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
+                _log.exception("A look-up in tier %s failed", self._name)
             with self._ledger.lock:
                 self._ledger.stored(self._name, present, self._most)
                 question.answered()
@@ -161,6 +165,10 @@ class _TierLookups:
                 _log.debug("Listing tier %s: %s", self._name, error)
                 self._stop.wait(min(30.0, self._rescan_seconds))
                 continue
+            except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
+                _log.exception("Listing tier %s failed", self._name)
+                self._stop.wait(self._rescan_seconds)
+                continue
             if not self.scanned:
                 self.scanned = True
                 _log.info(
@@ -172,24 +180,34 @@ class _TierLookups:
             self._stop.wait(self._rescan_seconds)
 
     def _list_once(self) -> int:
-        """Put on record what the tier has of this engine's identity; how many chunks. What is on record without being
-        there is left: its next fetch, or the tier's own word, takes it out."""
+        """Put on record what the tier has of this engine's identity, and take out what was on record before and is not
+        there any more; how many chunks it has. They are on record in the order in which they were last used, as far as
+        the store tells."""
+        before = set(self._ledger.newest(self._name, self._most))
         parts: dict[bytes, set[int]] = {}
-        listed = 0
+        used: dict[bytes, float] = {}
         for page in pages(self._store, self._stop, _PAGE_SECONDS):
-            whole = list(self._whole((entry.key for entry in page.entries), parts))
-            listed += len(whole)
+            whole = dict(self._whole(page.entries, parts))
+            used |= whole
             if whole:
                 with self._ledger.lock:
                     self._ledger.stored(self._name, whole, self._most)
                 self._found()
-        return listed
+        if self._stop.is_set():
+            return len(used)
+        with self._ledger.lock:
+            if not self.scanned:
+                self._ledger.stored(self._name, sorted(used, key=used.__getitem__), self._most)
+            self._ledger.removed(self._name, before - used.keys())
+        self._found()
+        return len(used)
 
-    def _whole(self, keys: Iterable[str], parts: dict[bytes, set[int]]) -> Iterable[bytes]:
-        """Chunks that are complete with these keys; ``parts`` has the ranks met of those that are not."""
-        for text in keys:
+    def _whole(self, entries: Iterable[Entry], parts: dict[bytes, set[int]]) -> Iterable[tuple[bytes, float]]:
+        """Chunks that are complete with these objects, and when they were last used; ``parts`` has the ranks met of those
+        that are not."""
+        for entry in entries:
             try:
-                key = ObjectKey.parse(text)
+                key = ObjectKey.parse(entry.key)
             except ValueError:
                 continue
             if key not in self._names(key.chunk):
@@ -198,4 +216,4 @@ class _TierLookups:
             met.add(key.rank)
             if len(met) == self._ranks:
                 del parts[key.chunk]
-                yield key.chunk
+                yield key.chunk, entry.modified

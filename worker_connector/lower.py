@@ -146,6 +146,11 @@ class LowerTiers:
         return bool(self._tiers)
 
     @property
+    def names(self) -> list[str]:
+        """The lower tiers, the fastest first."""
+        return list(self._tiers)
+
+    @property
     def has_work(self) -> bool:
         """Whether the next plan has something for a lower tier."""
         return bool(self._outbox) or any(self._may_write(name) for name in self._tiers)

@@ -153,6 +153,7 @@ class Planner:
         with self.lock:
             state = self._state(request)
             state.local, state.offered = computed, 0
+            self.ledger.expire()
             tokens = self._loadable(state, computed)
             if tokens is None:
                 return None, False

@@ -25,6 +25,8 @@ from worker_connector.report_server import ReportServer, Timing
 from worker_connector.stats import Counts, Stats
 from worker_connector.tier_stores import open_stores, rules_of
 
+WARMUP_SECONDS = 30.0
+"""How long an engine without requests keeps stepping for lower tiers to be listed, so that it can warm up."""
 GAUGE_SECONDS = 0.5
 """Gauges are looked at this often while no counter moves."""
 
@@ -44,7 +46,7 @@ class SchedulerHalf:
         self.config = config
         self.model = config.model_name or _served_name(vllm_config.model_config)
         self.stats = Stats()
-        self.ledger = Ledger(POLICIES[config.eviction_policy]())
+        self.ledger = Ledger(POLICIES[config.eviction_policy](), config.ttl)
         self._vllm_config = vllm_config
         self._cache = cache
         self._groups, self._layout = self._describe(may_store=may_load or may_save)
@@ -54,6 +56,7 @@ class SchedulerHalf:
         self._gauges_due = 0.0
         self._held: dict[str, int] = {}
         self._lookups: Lookups | None = None
+        self._warm_until = time.monotonic() + WARMUP_SECONDS if config.cache_warmup else 0.0
         self.planner = Planner(
             config,
             self.ledger,
@@ -87,7 +90,13 @@ class SchedulerHalf:
         if self._server is None:
             self._start_server()
         self._drain()
+        if self._warm_until:
+            self._warm_up()
         return self.planner.plan_step(output)
+
+    def has_unfinished_transfers(self) -> bool:
+        """Whether an engine without requests must keep stepping."""
+        return self.planner.has_unfinished_transfers() or time.monotonic() < self._warm_until
 
     def absorb(self, report: WorkerReport | None, finished: Iterable[str]) -> None:
         """What the workers did in a step."""
@@ -194,6 +203,18 @@ class SchedulerHalf:
             timeout=self.config.lookup_timeout,
             found=self.planner.publish_found,
         )
+
+    def _warm_up(self) -> None:
+        """Once the lower tiers were listed, fetch what was used last until half of the CPU tier is full."""
+        if self._lookups is None or self._lookups.scanned or time.monotonic() >= self._warm_until:
+            self._warm_until = 0.0
+            with self.ledger.lock:
+                for tier in self.planner.lower.names:
+                    room = self.ledger.free_slots - self.ledger.capacity // 2
+                    # From the last to the first: what was used last is then the last to be evicted.
+                    chunks = self.ledger.newest(tier, max(0, room))[::-1]
+                    if fetched := self.planner.lower.promote(tier, chunks):
+                        _log.info("Warming up: %d chunks are fetched from tier %s", fetched, tier)
 
     def _operations(self) -> dict[str, Any]:
         return {

@@ -219,8 +219,6 @@ def test_mistakes_are_named(extra: dict[Any, Any], message: str) -> None:
     [
         ({"remote_serde": "cachegen"}, "available here: raw, zstd, lz4"),
         ({"retrieval_mode": "semantic"}, "available here: exact"),
-        ({"cache_warmup": True}, "not warmed up"),
-        ({"cache_warmup": ["prompt"]}, "not warmed up"),
         ({"async_write": False}, "saves are always asynchronous"),
         ({"enable_vision_cache": True}, "vision encoders"),
         ({"conversation_mode": "true"}, "a conversation's tail is not kept from eviction"),

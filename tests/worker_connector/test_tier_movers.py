@@ -1,0 +1,217 @@
+"""Moves between slots and a real directory, and look-ups in it."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worker_connector.chunk_object import HEADER_BYTES, Codec, Section
+from worker_connector.eviction import LeastRecentlyUsed
+from worker_connector.ledger import Ledger
+from worker_connector.lookups import Lookups
+from worker_connector.plan import Piece, TierJob, TierResult
+from worker_connector.tier_movers import Shape, Tier, TierMovers
+from worker_connector.tier_stores import is_sound
+from worker_connector.tiers.base import Store
+from worker_connector.tiers.disk import DiskSettings, DiskStore
+
+SLOTS, SLOT_BYTES, PAYLOAD = 8, 12_288, 9_000
+SECTIONS = (Section(0, 16, 4, 0, 6_000), Section(1, 16, 4, 0, 3_000))
+SHAPE = Shape(bytes(16), 0, 1, "LBHNC", "bfloat16", 64, SECTIONS, (False, True), PAYLOAD)
+CHUNKS = [bytes([number]) * 16 for number in range(1, 7)]
+
+
+class Rig:
+    def __init__(self, directory: Path, codec: str = "raw", shape: Shape = SHAPE) -> None:
+        self.memory = np.random.default_rng(1).integers(0, 256, SLOTS * SLOT_BYTES, dtype=np.uint8)
+        self.memory[:: SLOT_BYTES // 4] = 0
+        self.store = DiskStore(DiskSettings(directory=directory, max_bytes=64 << 20))
+        assert self.store.wait_scanned(10)
+        self.movers = TierMovers(
+            {"disk": Tier(store=self.store, codec=Codec.parse(codec))}, memoryview(self.memory), SLOT_BYTES, shape
+        )
+        self._job = 0
+
+    def run(self, kind: str, pieces: list[Piece], deadline: float = 5.0) -> TierResult:
+        self._job += 1
+        self.movers.submit([TierJob(self._job, "disk", kind, pieces, deadline)])  # type: ignore[arg-type]
+        until(lambda: self.movers.has_results)
+        (result,) = self.movers.take().values()
+        return result
+
+    def slot(self, index: int) -> bytes:
+        return self.memory[index * SLOT_BYTES :][:PAYLOAD].tobytes()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.002)
+
+
+@pytest.fixture(params=["raw", "zstd", "lz4"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path / "cache", request.param)
+    yield made
+    made.movers.close()
+
+
+def objects(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("w1-*") if path.is_file()] or [
+        path for path in directory.rglob("*") if path.is_file() and path.stat().st_size > HEADER_BYTES
+    ]
+
+
+def test_what_is_written_comes_back_into_another_slot(rig: Rig) -> None:
+    written = rig.run("write", [Piece(CHUNKS[0], 0), Piece(CHUNKS[1], 1, (0, 2))])
+    assert not written.failed
+    assert written.nbytes > HEADER_BYTES
+    before = rig.slot(0), rig.slot(1)
+    fetched = rig.run("fetch", [Piece(CHUNKS[1], 5), Piece(CHUNKS[0], 4)])
+    assert not fetched.failed
+    assert (rig.slot(4), rig.slot(5)) == before
+    assert fetched.missing == {CHUNKS[1]: (0, 2)}
+    assert (rig.slot(0), rig.slot(1)) == before
+
+
+def test_what_is_not_there_is_missing_and_the_rest_is_fetched(rig: Rig) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+    fetched = rig.run("fetch", [Piece(CHUNKS[2], 3), Piece(CHUNKS[0], 4)])
+    assert fetched.failed == {CHUNKS[2]: "missing"}
+    assert rig.slot(4) == rig.slot(0)
+
+
+def test_a_spoilt_object_is_bad_and_is_met_once(rig: Rig, tmp_path: Path) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+    (path,) = objects(tmp_path / "cache")
+    content = bytearray(path.read_bytes())
+    content[HEADER_BYTES + 17] ^= 1
+    path.write_bytes(content)
+    assert rig.run("fetch", [Piece(CHUNKS[0], 4)]).failed == {CHUNKS[0]: "bad"}
+    assert rig.run("fetch", [Piece(CHUNKS[0], 4)]).failed == {CHUNKS[0]: "missing"}
+
+
+def test_an_engine_of_another_identity_finds_nothing(rig: Rig, tmp_path: Path) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+    other = Rig(tmp_path / "cache", shape=SHAPE._replace(identity=b"x" * 16))
+    assert other.run("fetch", [Piece(CHUNKS[0], 4)]).failed == {CHUNKS[0]: "missing"}
+    other.run("drop", [])
+    other.movers.close()
+    assert not rig.run("fetch", [Piece(CHUNKS[0], 4)]).failed
+
+
+def test_a_full_attention_group_must_be_whole(rig: Rig) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0, (1, 0))])
+    assert rig.run("fetch", [Piece(CHUNKS[0], 4)]).failed == {CHUNKS[0]: "bad"}
+
+
+def test_dropping_some_and_dropping_all(rig: Rig) -> None:
+    rig.run("write", [Piece(chunk, 0) for chunk in CHUNKS])
+    rig.run("drop", [Piece(CHUNKS[0], -1)])
+    result = rig.run("fetch", [Piece(chunk, 4) for chunk in CHUNKS[:2]])
+    assert result.failed == {CHUNKS[0]: "missing"}
+    rig.run("drop", [])
+    assert set(rig.run("fetch", [Piece(chunk, 4) for chunk in CHUNKS]).failed.values()) == {"missing"}
+
+
+def test_a_store_that_was_closed_fails_every_piece_with_its_cause(rig: Rig) -> None:
+    rig.store.close()
+    for kind in ("write", "fetch"):
+        assert rig.run(kind, [Piece(chunk, 0) for chunk in CHUNKS]).failed == dict.fromkeys(CHUNKS, "closed")
+
+
+def test_every_job_is_answered_also_when_something_unforeseen_happens(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rig.store, "get", lambda *_: 1 / 0)
+    assert rig.run("fetch", [Piece(CHUNKS[0], 4)]).failed == {CHUNKS[0]: "failed"}
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_closing_while_jobs_are_queued(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.movers.submit(TierJob(at, "disk", "write", [Piece(CHUNKS[0], 0)], 5.0) for at in range(200))
+    began = time.monotonic()
+    rig.movers.close()
+    assert time.monotonic() - began < 5
+
+
+def test_objects_are_told_sound_from_damaged(rig: Rig, tmp_path: Path) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+    (path,) = objects(tmp_path / "cache")
+    content, key = path.read_bytes(), str(SHAPE.key(CHUNKS[0]))
+    assert is_sound(key, memoryview(content))
+    assert not is_sound(key, memoryview(content[:-4096]))
+    assert not is_sound(str(SHAPE.key(CHUNKS[1])), memoryview(content))
+
+
+# ---- look-ups -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    made = Ledger(LeastRecentlyUsed())
+    made.add_tier("disk")
+    return made
+
+
+def look(ledger: Ledger, store: Store, shapes: list[Shape], **options: float) -> Lookups:
+    return Lookups(ledger, {"disk": store}, lambda chunk: [shape.key(chunk) for shape in shapes], **options)  # type: ignore[arg-type]
+
+
+def fresh_store(tmp_path: Path) -> DiskStore:
+    return DiskStore(DiskSettings(directory=tmp_path / "cache", max_bytes=64 << 20))
+
+
+def test_a_listing_finds_what_survived_a_restart_and_puts_the_last_used_last(
+    rig: Rig, tmp_path: Path, ledger: Ledger
+) -> None:
+    rig.run("write", [Piece(chunk, 0) for chunk in CHUNKS])
+    lookups = look(ledger, fresh_store(tmp_path), [SHAPE])
+    until(lambda: lookups.scanned)
+    assert set(ledger.content()["disk"]) == set(CHUNKS)
+    lookups.close()
+
+
+def test_a_listing_takes_out_what_is_gone(rig: Rig, tmp_path: Path, ledger: Ledger) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+    ledger.stored("disk", CHUNKS)
+    lookups = look(ledger, fresh_store(tmp_path), [SHAPE])
+    until(lambda: lookups.scanned)
+    assert ledger.content()["disk"] == CHUNKS[:1]
+    lookups.close()
+
+
+def test_questions_are_answered_for_all_ranks_together(rig: Rig, tmp_path: Path, ledger: Ledger) -> None:
+    rig.run("write", [Piece(chunk, 0) for chunk in CHUNKS[:2]])
+    other = Rig(tmp_path / "cache", shape=SHAPE)
+    ranks = [SHAPE, SHAPE._replace(rank=1)]
+    lookups = look(ledger, fresh_store(tmp_path), [shape._replace(ranks=2) for shape in ranks])
+    question = lookups.ask(CHUNKS)
+    until(lambda: not question.pending)
+    assert not ledger.content()["disk"]
+    lookups.close()
+    single = look(ledger, fresh_store(tmp_path), [SHAPE], timeout=5.0)
+    question = single.ask(CHUNKS)
+    until(lambda: not question.pending)
+    assert set(ledger.content()["disk"]) == set(CHUNKS[:2])
+    single.close()
+    other.movers.close()
+
+
+def test_a_question_does_not_wait_for_a_store_that_hangs(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fresh_store(tmp_path)
+    monkeypatch.setattr(
+        store, "exists", lambda _keys, deadline: time.sleep(max(0.0, deadline - time.monotonic())) or []
+    )
+    lookups = look(ledger, store, [SHAPE], timeout=0.1)
+    question = lookups.ask(CHUNKS)
+    assert question.pending
+    time.sleep(0.15)
+    assert not question.pending
+    lookups.close()
