@@ -70,6 +70,8 @@ class Ledger:
         self._expiring = Expiring(policy, clock) if ttl else None
         self.capacity = 0
         self.evictions = 0
+        self.pinned: Container[bytes] = frozenset()
+        """Chunks to keep from eviction as they come in."""
         self._policy: EvictionPolicy = self._expiring or policy
         self._gpu: set[bytes] = set()
         self._slots: dict[bytes, Slot] = {}
@@ -124,6 +126,9 @@ class Ledger:
                 self._free_if_unused(slot)
                 return
             self._policy.add(slot.chunk)
+            if slot.chunk in self.pinned:
+                slot.kept = True
+                self._policy.hold(slot.chunk)
             if self._expiring is not None:
                 self._expiring.expire(slot.chunk, self._clock() + self._ttl)
             if not slot.hidden:
