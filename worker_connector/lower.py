@@ -5,8 +5,8 @@ chunks lie below waits until they were fetched, the engine steps on meanwhile, a
 hit:
 
 - ``bring`` is asked before the request is first scheduled, to look its chunks up and to fetch them ahead, and then whenever
-  the engine asks what can be loaded. It says whether there is something to wait for, for ``patience`` seconds at most,
-  and fetches each chunk at most once per tier and request.
+  the engine asks what can be loaded. It says whether there is something to wait for, until no chunk has come for
+  ``patience`` seconds, and fetches each chunk at most once per tier and request.
 - A fetch reserves slots, which are invisible until every rank has verified what it read. A copy that is missing or bad is
   taken out of the record, and the next tier is asked for it.
 - A chunk is written down once it is ready in the CPU tier: at once (``through``), or when slots run short (``back``).
@@ -35,7 +35,10 @@ PAUSE_SECONDS = 1.0
 """A tier of which everything failed is not asked for so long."""
 WRITES_AT_ONCE = 4
 """Jobs of writes to one tier that may be under way."""
-PIECES_PER_JOB = 64
+WRITE_SECONDS = 30.0
+"""Nobody waits for a write, so it may take longer than a fetch."""
+JOB_BYTES = 128 << 20
+"""What one job moves on one rank, or one chunk if that is more: a job's time limit then fits it."""
 _STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "auth", "loading", "readonly", "full"})
 """Causes that say nothing about the chunk."""
 _SMALL_BYTES = 256 << 10
@@ -45,7 +48,7 @@ Writes = Literal["through", "back", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class TierRules:
-    """How one lower tier is used. ``deadline`` bounds one fetch or write in seconds, ``most`` the chunks kept on record;
+    """How one lower tier is used. ``deadline`` bounds one fetch in seconds, ``most`` the chunks kept on record;
     ``second_touch`` writes only what was used again after it came in."""
 
     name: str
@@ -74,9 +77,11 @@ class Asks(Protocol):
 
 @dataclass(slots=True)
 class _Bring:
-    """One request's dealings with the lower tiers. ``since`` is when the engine first waited for them."""
+    """One request's dealings with the lower tiers. ``since`` is when the engine began to wait for them, or when the last
+    chunk came; ``ready`` how many had come then."""
 
     since: float | None = None
+    ready: int = 0
     over: bool = False
     tried: set[tuple[str, bytes]] = field(default_factory=set)
     asked: int = 0
@@ -120,6 +125,7 @@ class LowerTiers:
         self._whole = (0,) * groups
         self._size = chunk_size
         self._chunk_bytes = chunk_bytes
+        self._job_pieces = max(1, JOB_BYTES // max(1, chunk_bytes))
         self._may_load = may_load
         self._may_save = may_save
         self._patience = patience
@@ -132,6 +138,7 @@ class LowerTiers:
         self._fetching: dict[bytes, int] = {}
         self._unwritten: dict[str, OrderedDict[bytes, Slot]] = {name: OrderedDict() for name in self._tiers}
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
+        self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._paused: dict[str, float] = {}
         self._pace = {name: Median() for name in self._tiers}
         self._paced_at = dict.fromkeys(self._tiers, -PROBE_SECONDS)
@@ -155,6 +162,11 @@ class LowerTiers:
         """Whether the next plan has something for a lower tier."""
         return bool(self._outbox) or any(self._may_write(name) for name in self._tiers)
 
+    @property
+    def fetching(self) -> int:
+        """How many chunks are being fetched."""
+        return len(self._fetching)
+
     def is_expected(self) -> bool:
         """Whether something is to be sent, or under way and not overdue."""
         horizon = self._clock() - OVERDUE_SECONDS
@@ -172,14 +184,15 @@ class LowerTiers:
         if not self._may_load or state.adapter is not None or not state.eligible:
             return False
         bring = self._brings.setdefault(state.request.request_id, _Bring())
-        if bring.over or self._out_of_patience(bring, ahead=ahead):
+        if bring.over:
             return False
         chunks = state.extend()
         wanted: list[tuple[str, bytes]] = []
-        waiting = False
+        waiting, ready = False, 0
         for at in range(first, len(chunks)):
             chunk = chunks[at]
             if self._ledger.lookup(chunk) is not None or (ahead and self._ledger.in_gpu(chunk)):
+                ready += 1
                 continue
             if chunk in self._fetching:
                 waiting = True
@@ -188,6 +201,8 @@ class LowerTiers:
             else:
                 waiting |= self._is_asked(bring, chunks, at)
                 break
+        if not ahead and self._out_of_patience(bring, ready):
+            return False
         if wanted and self._is_worth_fetching(wanted):
             waiting |= self._fetch(bring, wanted, frozenset(chunks))
         return waiting
@@ -205,10 +220,10 @@ class LowerTiers:
         """The engine is done with a request. Fetches under way for it go on: others may want the same."""
         self._brings.pop(request_id, None)
 
-    def _out_of_patience(self, bring: _Bring, *, ahead: bool) -> bool:
+    def _out_of_patience(self, bring: _Bring, ready: int) -> bool:
         now = self._clock()
-        if bring.since is None:
-            bring.since = None if ahead else now
+        if bring.since is None or ready > bring.ready:
+            bring.since, bring.ready = now, ready
         elif now - bring.since > self._patience:
             bring.over = True
             self._stats.add("lower_tier_timeouts", 1)
@@ -256,8 +271,8 @@ class LowerTiers:
             bring.origins[chunk] = tier
             jobs.setdefault(tier, []).append((Piece(chunk, slot.index), slot))
         for tier, pairs in jobs.items():
-            for start in range(0, len(pairs), PIECES_PER_JOB):
-                self._send(tier, "fetch", pairs[start : start + PIECES_PER_JOB])
+            for start in range(0, len(pairs), self._job_pieces):
+                self._send(tier, "fetch", pairs[start : start + self._job_pieces])
         return bool(jobs)
 
     # ---- writes -------------------------------------------------------------------------------------------------
@@ -291,16 +306,19 @@ class LowerTiers:
         under_way = sum(job.job.tier == tier and job.job.kind == "write" for job in self._jobs.values())
         if under_way >= WRITES_AT_ONCE:
             return False
-        return self._tiers[tier].writes != "back" or self._ledger.free_slots < max(1, self._ledger.capacity // 4)
+        if self._tiers[tier].writes != "back" or self._leaving[tier]:
+            return True
+        return self._ledger.free_slots < max(1, self._ledger.capacity // 4)
 
     def _write(self, tier: str) -> None:
         """Plan one job of writes, of the chunks that came in first. Half of the slots stay unpinned."""
-        room = min(PIECES_PER_JOB, max(1, self._ledger.capacity // (2 * WRITES_AT_ONCE * len(self._tiers))))
+        room = min(self._job_pieces, max(1, self._ledger.capacity // (2 * WRITES_AT_ONCE * len(self._tiers))))
         unwritten = self._unwritten[tier]
         pairs: list[tuple[Piece, Slot]] = []
         while unwritten and len(pairs) < room:
             chunk, slot = unwritten.popitem(last=False)
             if slot.forgotten or slot.state is not SlotState.READY or tier in self._ledger.below(chunk):
+                self._leave(tier, slot)
                 continue
             self._ledger.pin(slot)
             pairs.append((Piece(chunk, slot.index, slot.missing), slot))
@@ -337,6 +355,7 @@ class LowerTiers:
         else:
             self._ledger.cleared(tier)
             self._unwritten[tier].clear()
+            self._leaving[tier] &= self._writing[tier]
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
 
     def clear(self) -> None:
@@ -344,11 +363,32 @@ class LowerTiers:
         for name in self._tiers:
             self.drop(name)
 
-    def promote(self, tier: str, chunks: Sequence[bytes]) -> int:
-        """Fetch chunks into the CPU tier without a request for them, as far as slots are free; how many will be."""
-        free = self._ledger.free_slots
-        wanted = [(tier, chunk) for chunk in chunks if not self._ledger.holds(chunk)][:free]
-        return len(wanted) if self._fetch(_Bring(), wanted, frozenset()) else 0
+    def promote(self, tier: str, chunks: Sequence[bytes], *, evict: bool = False) -> int:
+        """Fetch chunks into the CPU tier without a request for them, as far as slots are free or, with ``evict``, can be
+        made free; how many will be."""
+        wanted = [(tier, chunk) for chunk in chunks if not self._ledger.holds(chunk)]
+        wanted = wanted if evict else wanted[: self._ledger.free_slots]
+        bring = _Bring()
+        self._fetch(bring, wanted, frozenset(chunks))
+        return len(bring.tried)
+
+    def demote(self, tier: str, chunks: Iterable[bytes]) -> int:
+        """Write chunks of the CPU tier to a lower tier now, and drop each when every rank has written it; of what is there
+        already, drop it at once. How many chunks leave or will."""
+        leaving = 0
+        for chunk in chunks if self._may_save else ():
+            slot = self._ledger.lookup(chunk)
+            if slot is None or slot.hidden or slot.confined or slot.kept:
+                continue
+            leaving += 1
+            if tier in self._ledger.below(chunk):
+                self._ledger.forget(chunk)
+                continue
+            self._leaving[tier].add(chunk)
+            if chunk not in self._writing[tier]:
+                self._unwritten[tier][chunk] = slot
+                self._unwritten[tier].move_to_end(chunk, last=False)
+        return leaving
 
     def check(self) -> None:
         """Assert every invariant."""
@@ -361,6 +401,7 @@ class LowerTiers:
         for name, chunks in self._writing.items():
             jobs = [job.job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "write")]
             assert chunks == {piece.chunk for job in jobs for piece in job.pieces}, "a chunk is written by no job"
+            assert self._leaving[name] <= chunks | self._unwritten[name].keys(), "a chunk leaves without being written"
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -371,7 +412,8 @@ class LowerTiers:
         self, tier: str, kind: Literal["fetch", "write", "drop"], pairs: Sequence[tuple[Piece, Slot | None]]
     ) -> None:
         self._next_job += 1
-        job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], self._tiers[tier].deadline)
+        seconds = self._tiers[tier].deadline if kind == "fetch" else WRITE_SECONDS
+        job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], seconds)
         slots = [slot for _, slot in pairs if slot is not None]
         self._jobs[job.job] = _Job(job, slots, self._clock())
         self._outbox.append(job)
@@ -415,7 +457,17 @@ class LowerTiers:
             self._ledger.unpin(slot)
         written = [slot.chunk for slot in ended.slots if slot.chunk not in result.failed]
         self._ledger.stored(job.tier, written, self._tiers[job.tier].most)
+        for slot in ended.slots:
+            self._leave(job.tier, slot)
         self._stats.saved(job.tier, len(written), result.nbytes * self._ranks, result.seconds)
+
+    def _leave(self, tier: str, slot: Slot) -> None:
+        """Nothing more is done to have a chunk in a tier: if it is there and was to move there, it leaves the CPU tier."""
+        if slot.chunk not in self._leaving[tier]:
+            return
+        self._leaving[tier].discard(slot.chunk)
+        if tier in self._ledger.below(slot.chunk) and not slot.kept and self._ledger.lookup(slot.chunk) is slot:
+            self._ledger.forget(slot.chunk)
 
     def _observe(self, tier: str, chunks: int, seconds: float) -> None:
         nbytes = chunks * self._chunk_bytes

@@ -55,7 +55,7 @@ class Piece:
 @dataclass(slots=True)
 class TierJob:
     """Chunks between slots and a lower tier: ``fetch`` fills slots, ``write`` reads them, ``drop`` deletes the tier's
-    copies, all of this engine's identity where it names none. ``deadline`` is in seconds from when the worker gets it."""
+    copies, all of this engine's identity where it names none. ``deadline`` is in seconds from when its turn comes."""
 
     job: int
     tier: str

@@ -2,7 +2,7 @@
 
 Each tier has one thread that fetches and one that writes; the stores read and write in parallel behind them. What is
 fetched is verified in its slot before it is reported; a copy that is bad is handed to ``discard``. Every job is answered
-exactly once, at its deadline at the latest, and after the answer nothing touches its slots any more.
+exactly once, its time limit after its turn came at the latest, and after the answer nothing touches its slots any more.
 """
 
 import logging
@@ -105,7 +105,7 @@ class TierMovers:
             fetches = job.kind == "fetch"
             with self._changed:
                 self._fetches += fetches
-            self._threads[job.tier, fetches].submit(self._run, job, time.monotonic() + job.deadline)
+            self._threads[job.tier, fetches].submit(self._run, job)
 
     @property
     def has_results(self) -> bool:
@@ -136,11 +136,11 @@ class TierMovers:
 
     # ---- on the tiers' threads ----------------------------------------------------------------------------------
 
-    def _run(self, job: TierJob, deadline: float) -> None:
+    def _run(self, job: TierJob) -> None:
         began = time.monotonic()
         result = TierResult()
         try:
-            self._do(job, deadline, result)
+            self._do(job, began + job.deadline, result)
         except StoreUnavailable as error:
             _blame(result, job.pieces, error.cause)
         except ConnectorError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from worker_connector.chunk_object import HEADER_BYTES, Codec, read_header, unpack
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import BadObject
-from worker_connector.lower import TierRules
+from worker_connector.lower import WRITE_SECONDS, TierRules
 from worker_connector.tier_movers import Tier
 from worker_connector.tiers.base import Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
@@ -63,7 +63,7 @@ def open_disk(config: ConnectorConfig) -> DiskStore:
 def open_remote(config: ConnectorConfig) -> Store:
     from worker_connector.tiers.urls import open_stores as open_urls  # noqa: PLC0415 - its clients load slowly
 
-    limits = Limits(timeout=config.remote_timeout)
+    limits = Limits(timeout=WRITE_SECONDS)  # fetches have their own, shorter deadlines
     return open_urls(config.remote_url, replicas=config.replicas, ttl=config.ttl, limits=limits, verify=is_sound)
 
 
