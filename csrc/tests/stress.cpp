@@ -154,6 +154,14 @@ void copy_round(Random &random, wr_context *context) {
     if (wr_copy_batch(context, targets.data(), sources.data(), sizes.data(), (int64_t)sizes.size(), 1, nullptr) != WR_OK)
         fail("a batch was refused", context);
     if (from != to) fail("a copied byte is wrong", nullptr);
+    wr_options plain{0, 1, 0, WR_ISA_PORTABLE, {}};
+    wr_context *portable = nullptr;
+    uint64_t sum = 0, wanted = 0;
+    if (wr_open(&plain, &portable) != WR_OK) fail("no context", nullptr);
+    wr_checksum(context, from.data(), from.size(), &sum, nullptr);
+    wr_checksum(portable, to.data(), to.size(), &wanted, nullptr);
+    wr_close(portable);
+    if (sum != wanted) fail("instruction sets disagree about a checksum", nullptr);
     if (wr_crc32c(wr_crc32c(0, from.data(), from.size() / 3), from.data() + from.size() / 3,
                   from.size() - from.size() / 3) != wr_crc32c(0, to.data(), to.size()))
         fail("a CRC is wrong", nullptr);
