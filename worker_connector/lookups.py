@@ -1,8 +1,9 @@
 """Looking chunks up in the lower tiers without keeping the engine waiting.
 
 A tier that others share may hold what this engine never wrote. Each tier has a thread that answers questions (the
-chunks of one request, in one call of the store) and, between them, lists the tier: once at the start, so that what
-survived a restart is known and reported, and again every ``rescan_seconds``. What is found is put on the ledger's record;
+chunks of one request, in one call of the store), and a tier of one machine another that lists it: at the start, so that what
+survived a restart is known and reported, and again every ``rescan_seconds``. A remote tier may hold what a whole fleet ever
+computed, and every worker would report it: of that only what was asked for or written is on record. What is found is put on the ledger's record;
 whether the bytes are good, their fetch will tell.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.errors import StoreUnavailable
 from worker_connector.ledger import Ledger
+from worker_connector.lower import TierRules
 from worker_connector.tiers.base import Entry, Store, pages
 
 _PAGE_SECONDS = 10.0
@@ -42,25 +44,26 @@ class Pending:
 
 
 class Lookups:
-    """``names`` gives the objects of a chunk, one for each rank: it is there when all of them are. ``found`` is told
-    after the record was changed while no request waits, so that readers hear of it."""
+    """``names`` gives the objects of a chunk, one for each rank: it is there when all of them are. ``rules`` say how many
+    chunks of a tier are kept on record, and whether it is listed. ``found`` is told after the record was changed while no
+    request waits, so that readers hear of it."""
 
     def __init__(
         self,
         ledger: Ledger,
         stores: Mapping[str, Store],
         names: Callable[[bytes], Sequence[ObjectKey]],
+        rules: Sequence[TierRules],
         *,
         timeout: float = 0.2,
-        most: int = 2_000_000,
         rescan_seconds: float = 300.0,
         found: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger = ledger
         self._timeout = timeout
         self._tiers = [
-            _TierLookups(ledger, name, store, names, most=most, rescan_seconds=rescan_seconds, found=found)
-            for name, store in stores.items()
+            _TierLookups(ledger, stores[each.name], names, each, rescan_seconds=rescan_seconds, found=found)
+            for each in rules
         ]
 
     def ask(self, chunks: Sequence[bytes]) -> Pending:
@@ -73,7 +76,7 @@ class Lookups:
 
     @property
     def scanned(self) -> bool:
-        """Whether every tier has been listed once."""
+        """Whether every tier that is listed has been listed once."""
         return all(tier.scanned for tier in self._tiers)
 
     def close(self) -> None:
@@ -86,21 +89,20 @@ class _TierLookups:
     def __init__(
         self,
         ledger: Ledger,
-        name: str,
         store: Store,
         names: Callable[[bytes], Sequence[ObjectKey]],
+        rules: TierRules,
         *,
-        most: int,
         rescan_seconds: float,
         found: Callable[[], None],
     ) -> None:
-        self.scanned = False
+        self.scanned = not rules.listed
         self._ledger = ledger
-        self._name = name
+        self._name = name = rules.name
         self._store = store
         self._names = names
         self._ranks = len(names(bytes(16)))
-        self._most = most
+        self._most = rules.most
         self._rescan_seconds = rescan_seconds
         self._found = found
         self._wake = threading.Condition()
@@ -108,7 +110,8 @@ class _TierLookups:
         self._questions: deque[tuple[Sequence[bytes], Pending, float]] = deque()
         self._threads = [
             threading.Thread(target=work, name=f"warmroute-{name}-{what}", daemon=True)
-            for what, work in (("lookup", self._answer), ("list", self._list))
+            for what, work, on in (("lookup", self._answer, True), ("list", self._list, rules.listed))
+            if on
         ]
         for thread in self._threads:
             thread.start()

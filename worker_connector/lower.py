@@ -49,13 +49,14 @@ Writes = Literal["through", "back", "none"]
 @dataclass(frozen=True, kw_only=True)
 class TierRules:
     """How one lower tier is used. ``deadline`` bounds one fetch in seconds, ``most`` the chunks kept on record;
-    ``second_touch`` writes only what was used again after it came in."""
+    ``second_touch`` writes only what was used again after it came in; ``listed``: all of it is put on record."""
 
     name: str
     deadline: float = 2.0
     writes: Writes = "through"
     second_touch: bool = False
     most: int = 2_000_000
+    listed: bool = True
 
 
 class Question(Protocol):

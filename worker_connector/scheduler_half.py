@@ -200,6 +200,7 @@ class SchedulerHalf:
             self.ledger,
             open_stores(self.config),
             lambda chunk: [rank.key(chunk) for rank in ranks],
+            rules_of(self.config),
             timeout=self.config.lookup_timeout,
             found=self.planner.publish_found,
         )

@@ -24,6 +24,8 @@ def rules_of(config: ConnectorConfig) -> list[TierRules]:
             deadline=timeouts[name],
             writes="back" if config.write_policy == "back" else "through",
             second_touch=config.write_admission == "second-touch",
+            most=2_000_000 if name == DISK else 200_000,
+            listed=name == DISK or config.cache_warmup,
         )
         for name in names_of(config)
     ]

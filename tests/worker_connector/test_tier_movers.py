@@ -11,6 +11,7 @@ from worker_connector.chunk_object import HEADER_BYTES, Codec, Section
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
 from worker_connector.lookups import Lookups
+from worker_connector.lower import TierRules
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.tier_movers import Shape, Tier, TierMovers
 from worker_connector.tier_stores import is_sound
@@ -159,7 +160,13 @@ def ledger() -> Ledger:
 
 
 def look(ledger: Ledger, store: Store, shapes: list[Shape], **options: float) -> Lookups:
-    return Lookups(ledger, {"disk": store}, lambda chunk: [shape.key(chunk) for shape in shapes], **options)  # type: ignore[arg-type]
+    return Lookups(
+        ledger,
+        {"disk": store},
+        lambda chunk: [shape.key(chunk) for shape in shapes],
+        [TierRules(name="disk")],
+        **options,
+    )  # type: ignore[arg-type]
 
 
 def fresh_store(tmp_path: Path) -> DiskStore:
