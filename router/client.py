@@ -119,6 +119,17 @@ class Client:
         keeps_up: bool = self._direct.push(self._cycle, data)
         return keeps_up
 
+    @property
+    def takes_framed(self) -> bool:
+        """Whether ``push_framed`` may be used in place of ``push``."""
+        return self._direct is not None and self.transparent and bool(self._cycle.chunked_encoding)
+
+    def push_framed(self, chunk: bytes) -> bool:
+        """``push`` for one chunk in the chunked coding."""
+        assert self._direct is not None
+        keeps_up: bool = self._direct.push_framed(self._cycle, chunk)
+        return keeps_up
+
     async def drained(self) -> None:
         """Wait while the client does not read."""
         assert self._direct is not None

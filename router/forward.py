@@ -22,6 +22,7 @@ WHOLE_BYTES = 1 << 20
 _LONGEST_EVENT = 256 << 10
 _CACHED = re.compile(rb'"cached_tokens":\s*(\d{1,15})(?!\d)')
 _ENDS = (b"\n\n", b"\r\n\r\n")
+_FRAMED_ENDS = (b"\n\n\r\n", b"\r\n\r\n\r\n")
 
 
 class Delivery(msgspec.Struct, eq=False, kw_only=True):
@@ -41,12 +42,13 @@ class Delivery(msgspec.Struct, eq=False, kw_only=True):
     def begun(self) -> None:
         """The first bytes of the body came."""
 
-    def scan(self, data: bytes) -> None:
-        """Look for the tokens the worker says it reused; inside a JSON string the pattern cannot occur unescaped."""
+    def read_counts(self, data: bytes) -> None:
+        """Look for the tokens the worker says it reused, and made; inside a JSON string the patterns cannot occur
+        unescaped."""
         if b'"cached_tokens":' in data and (found := _CACHED.findall(data)):
             self.cached_tokens = int(found[-1])
         if self.meter is not None:
-            self.meter.scan(data)
+            self.meter.read(data)
 
 
 async def forward(
@@ -79,7 +81,8 @@ def _at_once(client: Client, connection: Connection, headers: Headers, delivery:
         return False
     data = connection.take()
     delivery.begun()
-    delivery.scan(data)
+    if b'_tokens":' in data:
+        delivery.read_counts(data)
     client.answer(connection.status, headers, data)
     return True
 
@@ -95,7 +98,7 @@ async def _whole(client: Client, connection: Connection, headers: Headers, deliv
         await client.fail(BadGateway(f"{error}; the response is not complete"), request_id)
         return
     delivery.begun()
-    delivery.scan(data)
+    delivery.read_counts(data)
     await client.start(connection.status, headers)
     if connection.complete and not connection.buffered:
         await client.finish(data)
@@ -104,7 +107,7 @@ async def _whole(client: Client, connection: Connection, headers: Headers, deliv
         while data:
             await client.write(data)
             data = await connection.read()
-            delivery.scan(data)
+            delivery.read_counts(data)
     except UpstreamError as error:
         delivery.broken = error
         client.hang_up()
@@ -145,9 +148,15 @@ async def _pump(client: Client, connection: Connection, events: "_Events", data:
     def sink(data: bytes) -> bool:
         return client.push(events.whole(data))
 
+    def framed_sink(chunk: bytes) -> bool:
+        if events.held or not chunk.endswith(_FRAMED_ENDS):
+            return sink(chunk[chunk.index(b"\r\n") + 2 : -2])
+        events.count(chunk)
+        return client.push_framed(chunk)
+
     if not sink(data):
         await client.drained()
-    while not await connection.pump(sink):
+    while not await connection.pump(sink, framed_sink if client.takes_framed else None):
         await client.drained()
 
 
@@ -163,9 +172,17 @@ class _Events:
         if self.held:
             data = self.held + data
         data, self.held = _whole_events(data)
-        self._delivery.scan(data)
-        self._delivery.parts += 1
+        self.count(data)
         return data
+
+    def count(self, data: bytes) -> None:
+        """Take note of whole events."""
+        delivery = self._delivery
+        delivery.parts += 1
+        if b'_tokens":' in data:
+            delivery.read_counts(data)
+        if delivery.meter is not None:
+            delivery.meter.count(data)
 
 
 def _whole_events(data: bytes) -> tuple[bytes, bytes]:

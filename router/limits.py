@@ -144,12 +144,17 @@ class Meter:
         return self._events if self._said is None else self._said
 
     def scan(self, data: bytes) -> None:
-        """Look at more of the body. Inside a JSON string the pattern cannot occur unescaped."""
+        """Look at more of the body."""
         if b'_tokens":' in data:
-            self._read(data)
+            self.read(data)
+        self.count(data)
+
+    def count(self, data: bytes) -> None:
+        """Count its events."""
         self._events += data.count(b"\ndata: {") + data.startswith(b"data: {")
 
-    def _read(self, data: bytes) -> None:
+    def read(self, data: bytes) -> None:
+        """See what the worker says of them. Inside a JSON string the pattern cannot occur unescaped."""
         last = max(map(data.rfind, _NAMES))
         if last < 0:
             return

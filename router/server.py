@@ -76,6 +76,13 @@ class Protocol(HttpToolsProtocol):
             self._write(cycle, data, b"")
         return not self.flow.write_paused
 
+    def push_framed(self, cycle: RequestResponseCycle, chunk: bytes) -> bool:
+        """``push`` for one chunk of a response in the chunked coding, given as that."""
+        if not cycle.disconnected:
+            head, self._unsent = self._unsent, b""
+            self.transport.write(head + chunk if head else chunk)
+        return not self.flow.write_paused
+
     async def drained(self, cycle: RequestResponseCycle) -> None:
         """Wait until the client has read what was sent, or is gone."""
         if self.flow.write_paused and not cycle.disconnected:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from router.errors import ConnectFailed, UpstreamClosed, UpstreamError, UpstreamTimeout
+from router.framing import Chunked, Head, read_head
 
 HIGH_WATER = 256 << 10
 KEEP_ALIVE_S = 4.0
@@ -24,6 +25,7 @@ MAX_HEAD_BYTES = 256 << 10
 TICK_S = 0.2
 
 Headers = list[tuple[bytes, bytes]]
+Sink = Callable[[bytes], bool]
 
 
 class Timeouts(NamedTuple):
@@ -54,14 +56,17 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
         self._paused = False
-        self._sink: Callable[[bytes], bool] | None = None
+        self._sink: Sink | None = None
+        self._framed_sink: Sink | None = None
         self._full = False
         self.used = False
         self.idle_since = 0.0
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = None
+        self._left = 0
+        self._chunked: Chunked | None = None
         self._chunks: list[bytes] = []
         self._size = 0
         self._head_size = 0
@@ -128,9 +133,10 @@ class Connection(asyncio.Protocol):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
             await self.more()
 
-    async def pump(self, sink: Callable[[bytes], bool]) -> bool:
+    async def pump(self, sink: Sink, framed_sink: Sink | None = None) -> bool:
         """Hand body bytes to ``sink`` as they arrive, without waking a task for each; whether the end was reached. The
-        other way to return is that ``sink`` said False: it takes no more for now.
+        other way to return is that ``sink`` said False: it takes no more for now. What comes as one chunk of the chunked
+        coding goes to ``framed_sink`` as it is, framing and all, where there is one.
 
         Raises:
             UpstreamError: the worker failed before the response was complete.
@@ -140,11 +146,11 @@ class Connection(asyncio.Protocol):
                 return False
             if self._done and not self._chunks:
                 return True
-            self._sink, self._full = sink, False
+            self._sink, self._framed_sink, self._full = sink, framed_sink, False
             try:
                 await self.more()
             finally:
-                self._sink = None
+                self._sink = self._framed_sink = None
             if self._full:
                 return False
 
@@ -201,15 +207,12 @@ class Connection(asyncio.Protocol):
         if self._done:
             self._overrun()
             return
-        if not self.head_done:
-            self._head_size += len(data)
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self.complete:
-                self._overrun()
-                return
-            self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))
+        if self._framed_sink is not None and self._passed_on(self._framed_sink, data):
+            return
+        if self._taken_in(data):
+            self._overrun()
+            return
+        if self._error is not None:
             return
         if self._sink is not None and not self._done:
             self._feed(self._sink)
@@ -221,10 +224,78 @@ class Connection(asyncio.Protocol):
         elif not self.head_done and self._head_size > MAX_HEAD_BYTES:
             self.abort(UpstreamClosed(self._worker, f"sent a response head above {MAX_HEAD_BYTES} bytes"))
 
-    def _feed(self, sink: Callable[[bytes], bool]) -> None:
+    def _passed_on(self, sink: Sink, data: bytes) -> bool:
+        """Hand on what is one chunk, nothing being left of those before it; whether it was."""
+        if self._chunked is None or self._chunks or not self._chunked.is_one_chunk(data):
+            return False
+        self.deadline = self.now() + self._idle_timeout
+        if not sink(data):
+            self._stop_pumping()
+        return True
+
+    def _taken_in(self, data: bytes) -> bool:
+        """Read more of the response; whether more came than belongs to it."""
+        if self._left:
+            return self._counted(data)
+        if self._chunked is not None:
+            return self._decoded(self._chunked, data)
+        if self._parser is None and (head := read_head(data, MAX_HEAD_BYTES)) is not None:
+            return self._framed(head, data)
+        return self._parsed(data)
+
+    def _framed(self, head: Head, data: bytes) -> bool:
+        """Take over a plain head, and what came behind it; whether too much came."""
+        self.status, self.headers, length, self._keep_alive, end = head
+        self.head_done = True
+        if length is None:
+            self._chunked = Chunked()
+            return end < len(data) and self._decoded(self._chunked, data[end:])
+        self._left = length
+        if not length:
+            self._done = True
+            return end < len(data)
+        return end < len(data) and self._counted(data[end:])
+
+    def _counted(self, data: bytes) -> bool:
+        """Take body bytes of which the number is known; whether more came."""
+        left = self._left - len(data)
+        self.on_body(data if left >= 0 else data[: self._left])
+        self._left = max(0, left)
+        self._done = left <= 0
+        return left < 0
+
+    def _decoded(self, chunked: Chunked, data: bytes) -> bool:
+        """Take body bytes in chunks; whether more came."""
+        try:
+            for piece in chunked.feed(data):
+                self.on_body(piece)
+        except ValueError as error:
+            self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))
+            return False
+        self._done = chunked.done
+        return chunked.surplus
+
+    def _parsed(self, data: bytes) -> bool:
+        """Have httptools read the response; whether something came behind it."""
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        if not self.head_done:
+            self._head_size += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._done:
+                return True
+            self.abort(UpstreamClosed(self._worker, f"sent what is no HTTP response: {error}"))
+        return False
+
+    def _stop_pumping(self) -> None:
+        self._sink, self._framed_sink, self._full = None, None, True
+        self._wake()
+
+    def _feed(self, sink: Sink) -> None:
         if self._chunks and not sink(self.take()):
-            self._sink, self._full = None, True
-            self._wake()
+            self._stop_pumping()
 
     def _overrun(self) -> None:
         """More came than was asked for: the response stands, but nothing may be taken for the next one."""
