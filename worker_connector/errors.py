@@ -5,6 +5,7 @@ ConnectorError
 ├── UnsupportedCache     the engine's KV cache cannot be stored exactly; the connector turns itself off
 ├── ReportUnavailable    the report port cannot be opened
 ├── StatsUnavailable     no engine's figures could be read
+├── ImpossibleOperation  a control request names what is not there, or what cannot be
 ├── StoreUnavailable     a store of a lower tier does not serve for now; cause is one word, fit for a metric's label
 └── BadObject            a chunk object failed a check and must not be used; check names it
 """
@@ -27,6 +28,10 @@ class ReportUnavailable(ConnectorError):
 
 
 class StatsUnavailable(ConnectorError):
+    pass
+
+
+class ImpossibleOperation(ConnectorError, ValueError):
     pass
 
 

@@ -12,11 +12,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.errors import StoreUnavailable
 from worker_connector.ledger import Ledger
 from worker_connector.lower import TierRules
+from worker_connector.tier_figures import figures_of
 from worker_connector.tiers.base import Entry, Store, pages
 
 _PAGE_SECONDS = 10.0
@@ -79,6 +81,10 @@ class Lookups:
         """Whether every tier that is listed has been listed once."""
         return all(tier.scanned for tier in self._tiers)
 
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """By tier: whether it has been listed, questions waiting for it, and the figures of the store behind it. O(1) each."""
+        return {tier.name: tier.figures() for tier in self._tiers}
+
     def close(self) -> None:
         """End the threads; their stores are closed."""
         for tier in self._tiers:
@@ -98,7 +104,7 @@ class _TierLookups:
     ) -> None:
         self.scanned = not rules.listed
         self._ledger = ledger
-        self._name = name = rules.name
+        self.name = name = rules.name
         self._store = store
         self._names = names
         self._ranks = len(names(bytes(16)))
@@ -115,6 +121,9 @@ class _TierLookups:
         ]
         for thread in self._threads:
             thread.start()
+
+    def figures(self) -> dict[str, Any]:
+        return {"scanned": self.scanned, "questions": len(self._questions), **figures_of(self._store)}
 
     def ask(self, chunks: Sequence[bytes], question: Pending, until: float) -> None:
         with self._wake:
@@ -143,9 +152,9 @@ class _TierLookups:
             try:
                 present = self._present(chunks, until) if time.monotonic() < until else []
             except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
-                _log.exception("A look-up in tier %s failed", self._name)
+                _log.exception("A look-up in tier %s failed", self.name)
             with self._ledger.lock:
-                self._ledger.stored(self._name, present, self._most)
+                self._ledger.stored(self.name, present, self._most)
                 question.answered()
 
     def _present(self, chunks: Sequence[bytes], until: float) -> list[bytes]:
@@ -154,7 +163,7 @@ class _TierLookups:
         try:
             outcomes = self._store.exists(keys, until)
         except StoreUnavailable as error:
-            _log.debug("Look-up in tier %s: %s", self._name, error)
+            _log.debug("Look-up in tier %s: %s", self.name, error)
             return []
         parts = (outcomes[at : at + self._ranks] for at in range(0, len(outcomes), self._ranks))
         return [chunk for chunk, part in zip(chunks, parts, strict=True) if all(each.ok for each in part)]
@@ -165,18 +174,18 @@ class _TierLookups:
             try:
                 listed = self._list_once()
             except StoreUnavailable as error:
-                _log.debug("Listing tier %s: %s", self._name, error)
+                _log.debug("Listing tier %s: %s", self.name, error)
                 self._stop.wait(min(30.0, self._rescan_seconds))
                 continue
             except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
-                _log.exception("Listing tier %s failed", self._name)
+                _log.exception("Listing tier %s failed", self.name)
                 self._stop.wait(self._rescan_seconds)
                 continue
             if not self.scanned:
                 self.scanned = True
                 _log.info(
                     "Tier %s holds %d chunks of this engine, listed in %.1f s",
-                    self._name,
+                    self.name,
                     listed,
                     time.monotonic() - began,
                 )
@@ -186,7 +195,7 @@ class _TierLookups:
         """Put on record what the tier has of this engine's identity, and take out what was on record before and is not
         there any more; how many chunks it has. They are on record in the order in which they were last used, as far as
         the store tells."""
-        before = set(self._ledger.newest(self._name, self._most))
+        before = set(self._ledger.newest(self.name, self._most))
         parts: dict[bytes, set[int]] = {}
         used: dict[bytes, float] = {}
         for page in pages(self._store, self._stop, _PAGE_SECONDS):
@@ -194,14 +203,14 @@ class _TierLookups:
             used |= whole
             if whole:
                 with self._ledger.lock:
-                    self._ledger.stored(self._name, whole, self._most)
+                    self._ledger.stored(self.name, whole, self._most)
                 self._found()
         if self._stop.is_set():
             return len(used)
         with self._ledger.lock:
             if not self.scanned:
-                self._ledger.stored(self._name, sorted(used, key=used.__getitem__), self._most)
-            self._ledger.removed(self._name, before - used.keys())
+                self._ledger.stored(self.name, sorted(used, key=used.__getitem__), self._most)
+            self._ledger.removed(self.name, before - used.keys())
         self._found()
         return len(used)
 

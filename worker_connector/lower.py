@@ -159,14 +159,19 @@ class LowerTiers:
         return list(self._tiers)
 
     @property
+    def may_write(self) -> bool:
+        """Whether this engine writes to lower tiers."""
+        return self._may_save
+
+    @property
     def has_work(self) -> bool:
         """Whether the next plan has something for a lower tier."""
         return bool(self._outbox) or any(self._may_write(name) for name in self._tiers)
 
     @property
-    def fetching(self) -> int:
-        """How many chunks are being fetched."""
-        return len(self._fetching)
+    def fetch_room(self) -> int:
+        """How many more chunks may be fetched for nobody, so that each job ends in its time."""
+        return max(0, 2 * self._job_pieces - len(self._fetching))
 
     def is_expected(self) -> bool:
         """Whether something is to be sent, or under way and not overdue."""
@@ -307,16 +312,21 @@ class LowerTiers:
         under_way = sum(job.job.tier == tier and job.job.kind == "write" for job in self._jobs.values())
         if under_way >= WRITES_AT_ONCE:
             return False
-        if self._tiers[tier].writes != "back" or self._leaving[tier]:
-            return True
-        return self._ledger.free_slots < max(1, self._ledger.capacity // 4)
+        return self._writes_now(tier) or bool(self._leaving[tier])
+
+    def _writes_now(self, tier: str) -> bool:
+        """Whether chunks that nobody asked to move are written: with write-back, when slots run short."""
+        return self._tiers[tier].writes != "back" or self._ledger.free_slots < max(1, self._ledger.capacity // 4)
 
     def _write(self, tier: str) -> None:
         """Plan one job of writes, of the chunks that came in first. Half of the slots stay unpinned."""
         room = min(self._job_pieces, max(1, self._ledger.capacity // (2 * WRITES_AT_ONCE * len(self._tiers))))
         unwritten = self._unwritten[tier]
         pairs: list[tuple[Piece, Slot]] = []
+        all_of_them = self._writes_now(tier)
         while unwritten and len(pairs) < room:
+            if not all_of_them and next(iter(unwritten)) not in self._leaving[tier]:
+                break  # those that move come first
             chunk, slot = unwritten.popitem(last=False)
             if slot.forgotten or slot.state is not SlotState.READY or tier in self._ledger.below(chunk):
                 self._leave(tier, slot)

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from kv_protocol.hashing import HASH_BYTES
 from kv_protocol.identity import Identity
-from kv_protocol.messages import Hello, TierInfo, unpack
+from kv_protocol.messages import Hello, TierInfo
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import UnsupportedCache
 from worker_connector.eviction import POLICIES
@@ -18,6 +17,8 @@ from worker_connector.gpu_tier import GpuTier
 from worker_connector.identity import identity_of, shape_of
 from worker_connector.ledger import CPU, GPU, Ledger
 from worker_connector.lookups import Lookups
+from worker_connector.operations import Operations
+from worker_connector.pins import Pins
 from worker_connector.plan import StepPlan, WorkerReport
 from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
@@ -71,6 +72,11 @@ class SchedulerHalf:
             tiers=rules_of(config) if self._layout is not None else (),
         )
 
+        self.pins = Pins(self.ledger)
+        self.operations = Operations(
+            self.ledger, self.planner.lower, self.pins, totals=self._totals, lookups=lambda: self._lookups
+        )
+
     def bind(self, manager: Any) -> None:
         """Watch the engine's prefix cache. ``manager`` is vLLM's KVCacheManager, or its BlockPool."""
         self._manager = manager
@@ -92,11 +98,16 @@ class SchedulerHalf:
         self._drain()
         if self._warm_until:
             self._warm_up()
+        self.pins.expire()
+        if self.operations.has_queued:
+            self.operations.run_queued()
         return self.planner.plan_step(output)
 
     def has_unfinished_transfers(self) -> bool:
         """Whether an engine without requests must keep stepping."""
-        return self.planner.has_unfinished_transfers() or time.monotonic() < self._warm_until
+        if self.planner.has_unfinished_transfers() or self.operations.has_queued:
+            return True
+        return time.monotonic() < self._warm_until
 
     def absorb(self, report: WorkerReport | None, finished: Iterable[str]) -> None:
         """What the workers did in a step."""
@@ -159,7 +170,7 @@ class SchedulerHalf:
             config.report_token,
             self._hello(rank),
             self.planner,
-            self._operations(),
+            self.operations.table(),
             ephemeral_if_busy=config.report_port_is_default,
             timing=Timing(heartbeat=config.report_heartbeat_seconds, digest=config.report_digest_seconds),
             queue_bytes=config.report_queue_bytes,
@@ -214,17 +225,8 @@ class SchedulerHalf:
                     room = self.ledger.free_slots - self.ledger.capacity // 2
                     # From the last to the first: what was used last is then the last to be evicted.
                     chunks = self.ledger.newest(tier, max(0, room))[::-1]
-                    if fetched := self.planner.lower.promote(tier, chunks):
+                    if fetched := self.operations.warm_later(tier, chunks):
                         _log.info("Warming up: %d chunks are fetched from tier %s", fetched, tier)
-
-    def _operations(self) -> dict[str, Any]:
-        return {
-            "stats": lambda _: {"counts": self._totals(), "held_chunks": self.ledger.counts()},
-            "lookup": self._lookup,
-            "clear": self._clear,
-            "pin": lambda arguments: {"changed": self.ledger.keep(_chunks(arguments))},
-            "unpin": lambda arguments: {"changed": self.ledger.keep(_chunks(arguments), keep=False)},
-        }
 
     def _totals(self) -> Counts:
         """Figures since the start. What changes while the engine takes no step is looked up."""
@@ -234,38 +236,6 @@ class SchedulerHalf:
             totals["dropped_readers"] = {"": server.dropped_readers}
             totals["relists"] = {"": server.relists}
         return totals
-
-    def _lookup(self, arguments: dict[str, Any]) -> dict[str, list[str]]:
-        """Which tiers hold each chunk."""
-        with self.ledger.lock:
-            return {
-                chunk.hex(): [
-                    tier
-                    for tier, held in ((GPU, self.ledger.in_gpu(chunk)), (CPU, self.ledger.lookup(chunk) is not None))
-                    if held
-                ]
-                for chunk in _chunks(arguments)
-            }
-
-    def _clear(self, arguments: dict[str, Any]) -> dict[str, int]:
-        """Drop the chunks named, or all of them, from the tiers behind the GPU."""
-        with self.ledger.lock:
-            before = self.ledger.counts()[CPU]
-            if "chunks" in arguments:
-                for chunk in _chunks(arguments):
-                    self.ledger.forget(chunk)
-            else:
-                self.ledger.clear_cpu()
-            return {"removed": before - self.ledger.counts()[CPU]}
-
-
-def _chunks(arguments: dict[str, Any]) -> list[bytes]:
-    """The chunks a control request names: packed bytes, or a list of hex digests."""
-    given = arguments.get("chunks", b"")
-    chunks = unpack(given) if isinstance(given, bytes) else [bytes.fromhex(digest) for digest in given]
-    if any(len(chunk) != HASH_BYTES for chunk in chunks):
-        raise ValueError(f"a chunk is named by {HASH_BYTES} bytes, or {2 * HASH_BYTES} hex digits")
-    return chunks
 
 
 def _served_name(model_config: Any) -> str:

@@ -37,7 +37,7 @@ def test_chunks_held_are_told_in_the_next_step_whatever_else_happened(half: Sche
     fill(half, 3)
     assert half.take_stats()["held_chunks"] == {GPU: 0, CPU: 3}
     assert half.take_stats() == {}
-    half._operations()["clear"]({})
+    half.operations.table()["clear"]({})
     assert half.take_stats() == {"held_chunks": {CPU: 0}}
     half.ledger.gpu_stored([bytes(16)])
     assert half.take_stats() == {"held_chunks": {GPU: 1}}
@@ -46,11 +46,11 @@ def test_chunks_held_are_told_in_the_next_step_whatever_else_happened(half: Sche
 def test_an_idle_engine_tells_what_it_holds_now(half: SchedulerHalf) -> None:
     half.take_stats()
     fill(half, 3)
-    assert half._operations()["stats"]({})["counts"]["held_chunks"] == {GPU: 0, CPU: 3}
-    half._operations()["clear"]({})
-    assert half._operations()["stats"]({})["counts"]["held_chunks"] == {GPU: 0, CPU: 0}
+    assert half.operations.table()["stats"]({})["counts"]["held_chunks"] == {GPU: 0, CPU: 3}
+    half.operations.table()["clear"]({})
+    assert half.operations.table()["stats"]({})["counts"]["held_chunks"] == {GPU: 0, CPU: 0}
     assert half._server is not None
     half._server.relists, half._server.dropped_readers = 5, 2
-    counts = half._operations()["stats"]({})["counts"]
+    counts = half.operations.table()["stats"]({})["counts"]
     assert (counts["relists"], counts["dropped_readers"]) == ({"": 5}, {"": 2})
     assert counts["report_readers"] == {"": 0}

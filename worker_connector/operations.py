@@ -1,0 +1,340 @@
+"""Control requests of the report port: what is where, what goes, what stays, what comes and what moves (docs/report-protocol.md).
+
+They are called on threads of the report server and take the ledger's lock. What concerns the CPU tier and the records
+takes effect at once. What the ranks have to do, which is every read, write and deletion in a lower tier, is left to the
+engine's thread, in ``run_queued`` at its next step: an engine without requests sleeps, and nothing from outside wakes it.
+Answers name in ``queued`` the tiers for which that is so. Chunks that are to be warmed are handed over in portions, so
+that none waits in a queue for longer than a fetch may take.
+"""
+
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kv_protocol.errors import MalformedFrame
+from kv_protocol.hashing import HASH_BYTES
+from kv_protocol.messages import unpack
+from worker_connector.errors import ImpossibleOperation
+from worker_connector.ledger import CPU, GPU, Ledger
+from worker_connector.lookups import Lookups
+from worker_connector.lower import LowerTiers
+from worker_connector.pins import Pins
+from worker_connector.stats import Counts
+
+MOST_PIN_SECONDS = 366 * 86_400.0
+_MOST_QUEUED = 64
+_MOST_LISTED = 10_000
+_POLL_SECONDS = 0.002
+
+Arguments = dict[str, Any]
+
+
+class Operations:
+    """``totals`` gives the figures since the start, ``lookups`` who looks up chunks in lower tiers, if there is one now."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        lower: LowerTiers,
+        pins: Pins,
+        *,
+        totals: Callable[[], Counts] = dict,
+        lookups: Callable[[], Lookups | None] = lambda: None,
+    ) -> None:
+        self._ledger = ledger
+        self._lower = lower
+        self._pins = pins
+        self._totals = totals
+        self._lookups = lookups
+        self._queue: deque[Callable[[], object]] = deque()
+        self._warming: OrderedDict[bytes, tuple[str, bool]] = OrderedDict()
+
+    def table(self) -> dict[str, Callable[[Arguments], Any]]:
+        """Every operation by its name."""
+        return {
+            "stats": self.stats,
+            "lookup": self.lookup,
+            "clear": self.clear,
+            "pin": self.pin,
+            "unpin": self.unpin,
+            "pins": self.pins,
+            "warm": self.warm,
+            "move": self.move,
+        }
+
+    # ---- on the engine's thread ---------------------------------------------------------------------------------
+
+    @property
+    def has_queued(self) -> bool:
+        """Whether the engine's next step has something to begin. Takes no lock."""
+        return bool(self._queue or self._warming)
+
+    def run_queued(self) -> None:
+        """Begin what waits for the engine. Before the step is planned."""
+        with self._ledger.lock:
+            while self._queue:
+                self._queue.popleft()()
+            self._feed()
+
+    def warm_later(self, tier: str, chunks: Iterable[bytes], *, evict: bool = False) -> int:
+        """Fetch chunks of a lower tier into the CPU tier in the next steps; how many that is, without those that are
+        on their way already. O(1) each."""
+        with self._ledger.lock:
+            before = len(self._warming)
+            self._warming |= {
+                chunk: (tier, evict) for chunk in chunks if chunk not in self._warming and not self._ledger.holds(chunk)
+            }
+            return len(self._warming) - before
+
+    def _feed(self) -> None:
+        while self._warming and (room := self._lower.fetch_room):
+            portion: dict[tuple[str, bool], list[bytes]] = {}
+            for _ in range(min(room, len(self._warming))):
+                chunk, how = self._warming.popitem(last=False)
+                portion.setdefault(how, []).append(chunk)
+            begun = sum(self._lower.promote(tier, chunks, evict=evict) for (tier, evict), chunks in portion.items())
+            if not begun and any(not self._ledger.holds(chunk) for chunks in portion.values() for chunk in chunks):
+                self._warming.clear()  # no slot can be had: the rest would not get one either
+
+    # ---- what there is ------------------------------------------------------------------------------------------
+
+    def stats(self, arguments: Arguments) -> dict[str, Any]:
+        """All figures, and every tier's."""
+        _only(arguments)
+        lookups, bandwidth = self._lookups(), self._lower.bandwidth()
+        told = lookups.figures() if lookups is not None else {}
+        with self._ledger.lock:
+            held = self._ledger.counts()
+            return {
+                "counts": self._totals(),
+                "held_chunks": held,
+                "capacity_chunks": self._ledger.capacity,
+                "free_chunks": self._ledger.free_slots,
+                "tiers": {name: {"bandwidth": bandwidth[name], **told.get(name, {})} for name in self._lower.names},
+                "pins": {"chunks": len(self._pins), "waiting": self._waiting_pins()},
+                "queued": len(self._queue) + len(self._warming),
+            }
+
+    def lookup(self, arguments: Arguments) -> dict[str, list[str]]:
+        """Which tiers hold each chunk, the fastest first. With ``ask``, lower tiers are asked for what is on no record
+        of theirs, which takes ``lookup_timeout`` at most."""
+        _only(arguments, "chunks", "ask")
+        chunks = _chunks(arguments)
+        if _flag(arguments, "ask"):
+            self._ask(chunks)
+        with self._ledger.lock:
+            return {chunk.hex(): self._tiers_of(chunk) for chunk in chunks}
+
+    def pins(self, arguments: Arguments) -> dict[str, Any]:
+        """The pinned chunks, up to ``limit`` of them."""
+        _only(arguments, "limit")
+        limit = _count(arguments, "limit", 1000, most=_MOST_LISTED)
+        with self._ledger.lock:
+            listed = [
+                {
+                    "chunk": chunk.hex(),
+                    "expires_in_s": None if left is None else round(left, 3),
+                    "held": self._ledger.lookup(chunk) is not None,
+                }
+                for chunk, left in self._pins.entries(limit)
+            ]
+            return {"count": len(self._pins), "pins": listed}
+
+    # ---- what goes ----------------------------------------------------------------------------------------------
+
+    def clear(self, arguments: Arguments) -> dict[str, Any]:
+        """Drop the chunks named, or all of them, from one tier or from all behind the GPU. Pins on them end where the
+        CPU tier is meant too."""
+        _only(arguments, "chunks", "tier")
+        chunks = _chunks(arguments) if "chunks" in arguments else None
+        tiers = [self._named(arguments)] if arguments.get("tier") else [CPU, *self._lower.names]
+        with self._ledger.lock:
+            removed = {tier: self._clear_tier(tier, chunks) for tier in tiers}
+        below = [tier for tier in tiers if tier != CPU and chunks != []]
+        return {"removed": sum(removed.values()), "tiers": removed, "queued": below}
+
+    def _clear_tier(self, tier: str, chunks: Sequence[bytes] | None) -> int:
+        before = self._ledger.counts()[tier]
+        if tier == CPU:
+            self._clear_cpu(chunks)
+        elif chunks is None:
+            self._ledger.cleared(tier)
+            self._queue_work(lambda: self._lower.drop(tier))
+        elif chunks:
+            self._ledger.removed(tier, chunks)
+            self._queue_work(lambda: self._lower.drop(tier, chunks))
+        return before - self._ledger.counts()[tier]
+
+    def _clear_cpu(self, chunks: Sequence[bytes] | None) -> None:
+        if chunks is None:
+            self._pins.clear()
+            self._ledger.clear_cpu()
+            return
+        self._pins.unpin(chunks)
+        for chunk in chunks:
+            self._ledger.forget(chunk)
+
+    # ---- what stays ---------------------------------------------------------------------------------------------
+
+    def pin(self, arguments: Arguments) -> dict[str, int]:
+        """Keep chunks from eviction from the CPU tier, for ``seconds`` or until they are unpinned."""
+        _only(arguments, "chunks", "seconds")
+        return self._pins.pin(_chunks(arguments, needed=True), _seconds(arguments))._asdict()
+
+    def unpin(self, arguments: Arguments) -> dict[str, int]:
+        """End pins: those of the chunks named, or all."""
+        _only(arguments, "chunks")
+        ended = self._pins.unpin(_chunks(arguments)) if "chunks" in arguments else self._pins.clear()
+        return {"changed": ended}
+
+    # ---- what comes, and what moves -----------------------------------------------------------------------------
+
+    def warm(self, arguments: Arguments) -> dict[str, Any]:
+        """Bring chunks into the CPU tier: those named, or the ``newest`` so many of the lower tiers. Named ones may
+        displace others, newest ones take free slots only."""
+        _only(arguments, "chunks", "newest", "tier", "seconds")
+        seconds, tiers = _seconds(arguments), self._below(arguments)
+        if "chunks" in arguments:
+            chunks = list(dict.fromkeys(_chunks(arguments)))
+            self._ask(chunks)
+            return self._warm(chunks, tiers, evict=True, seconds=seconds)
+        newest = _count(arguments, "newest", 0)
+        with self._ledger.lock:
+            most = max(0, min(newest, self._ledger.free_slots - len(self._warming)))
+            found = [chunk for tier in tiers for chunk in self._ledger.newest(tier, most + self._ledger.capacity)]
+            chunks = [chunk for chunk in dict.fromkeys(found) if not self._ledger.holds(chunk)][:most]
+        # From the last to the first: what was used last is then the last to be evicted.
+        return self._warm(chunks[::-1], tiers, evict=False, seconds=seconds)
+
+    def _warm(self, chunks: list[bytes], tiers: list[str], *, evict: bool, seconds: float | None) -> dict[str, Any]:
+        with self._ledger.lock:
+            absent = [chunk for chunk in chunks if not self._ledger.holds(chunk)]
+            sources = [(self._fastest(chunk, tiers), chunk) for chunk in absent]
+            found = [(tier, chunk) for tier, chunk in sources if tier]
+            room = max(0, self._ledger.capacity // 2 - len(self._warming))
+            taken = found[:room] if evict else found
+            for tier in tiers:
+                self.warm_later(tier, [chunk for source, chunk in taken if source == tier], evict=evict)
+            answer: dict[str, Any] = {
+                "chunks": len(taken),
+                "present": len(chunks) - len(absent),
+                "missing": len(absent) - len(found),
+                "refused": len(found) - len(taken),
+                "queued": sorted({tier for tier, _ in taken}),
+            }
+            if seconds is not None:
+                answer["pinned"] = self._pins.pin(chunks, seconds)._asdict()
+            return answer
+
+    def move(self, arguments: Arguments) -> dict[str, Any]:
+        """Write chunks of the CPU tier to a lower tier, the fastest if none is named, and drop each from the CPU tier
+        when it is there. Pinned ones stay."""
+        _only(arguments, "chunks", "tier")
+        chunks, tier = _chunks(arguments, needed=True), self._below(arguments)[0]
+        with self._ledger.lock:
+            held = [slot for chunk in chunks if (slot := self._ledger.lookup(chunk)) is not None]
+            able = [slot.chunk for slot in held if not (slot.hidden or slot.confined or slot.kept)]
+            if able and self._lower.may_write:
+                self._queue_work(lambda: self._lower.demote(tier, able))
+            moving = len(able) if self._lower.may_write else 0
+            return {
+                "chunks": moving,
+                "missing": len(chunks) - len(held),
+                "refused": len(held) - moving,
+                "queued": [tier] if moving else [],
+            }
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _queue_work(self, work: Callable[[], object]) -> None:
+        if len(self._queue) >= _MOST_QUEUED:
+            raise ImpossibleOperation(
+                f"{_MOST_QUEUED} operations wait for the engine's next step already: it has no requests, so send it one"
+            )
+        self._queue.append(work)
+
+    def _ask(self, chunks: Sequence[bytes]) -> None:
+        """Have the lower tiers asked for what nobody is known to hold; returns with their answer, or in time without."""
+        lookups = self._lookups()
+        with self._ledger.lock:
+            unknown = [chunk for chunk in chunks if not (self._ledger.holds(chunk) or self._ledger.below(chunk))]
+        if lookups is None or not unknown:
+            return
+        question = lookups.ask(unknown)
+        while question.pending:
+            time.sleep(_POLL_SECONDS)
+
+    def _tiers_of(self, chunk: bytes) -> list[str]:
+        above = ((GPU, self._ledger.in_gpu(chunk)), (CPU, self._ledger.lookup(chunk) is not None))
+        return [*(tier for tier, held in above if held), *self._ledger.below(chunk)]
+
+    def _fastest(self, chunk: bytes, tiers: Sequence[str]) -> str:
+        return next((tier for tier in self._ledger.below(chunk) if tier in tiers), "")
+
+    def _waiting_pins(self) -> int:
+        return sum(self._ledger.lookup(chunk) is None for chunk, _ in self._pins.entries(len(self._pins)))
+
+    def _named(self, arguments: Arguments) -> str:
+        """The tier behind the GPU that a request names."""
+        tier, tiers = arguments.get("tier"), [CPU, *self._lower.names]
+        if tier == GPU:
+            raise ImpossibleOperation("the gpu tier is the engine's own prefix cache: POST its /reset_prefix_cache")
+        if tier not in tiers:
+            raise ImpossibleOperation(f"there is no tier {tier!r} here; there are: {', '.join(tiers)}")
+        return str(tier)
+
+    def _below(self, arguments: Arguments) -> list[str]:
+        """The lower tier that a request names, or all of them."""
+        if not self._lower.names:
+            raise ImpossibleOperation("there is no lower tier here: set enable_disk or enable_remote")
+        if not arguments.get("tier"):
+            return self._lower.names
+        if (tier := self._named(arguments)) == CPU:
+            raise ImpossibleOperation(f"cpu is no lower tier; there are: {', '.join(self._lower.names)}")
+        return [tier]
+
+
+def _only(arguments: Arguments, *known: str) -> None:
+    if unknown := sorted(set(arguments) - set(known)):
+        raise ImpossibleOperation(f"unknown argument {unknown[0]!r}; known: {', '.join(known) or 'none'}")
+
+
+def _chunks(arguments: Arguments, *, needed: bool = False) -> list[bytes]:
+    """The chunks a control request names: packed bytes, or a list of hex digests."""
+    given = arguments.get("chunks", b"")
+    try:
+        chunks = unpack(given) if isinstance(given, bytes) else [bytes.fromhex(digest) for digest in given]
+    except (MalformedFrame, TypeError, ValueError) as error:
+        raise ImpossibleOperation(f"chunks are packed bytes or a list of hexadecimal digests: {error}") from error
+    if any(len(chunk) != HASH_BYTES for chunk in chunks):
+        raise ImpossibleOperation(f"a chunk is named by {HASH_BYTES} bytes, or {2 * HASH_BYTES} hex digits")
+    if needed and not chunks:
+        raise ImpossibleOperation("name the chunks: 'chunks' is missing or empty")
+    return chunks
+
+
+def _flag(arguments: Arguments, name: str) -> bool:
+    value = arguments.get(name, False)
+    if not isinstance(value, bool):
+        raise ImpossibleOperation(f"{name} is true or false, not {value!r}")
+    return value
+
+
+def _count(arguments: Arguments, name: str, default: int, most: int = 1 << 40) -> int:
+    value = arguments.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ImpossibleOperation(f"{name} is a number from 1 to {most}, not {value!r}")
+    return value
+
+
+def _seconds(arguments: Arguments) -> float | None:
+    value = arguments.get("seconds")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ImpossibleOperation(f"seconds is a number, not {value!r}")
+    if not 0 < value <= MOST_PIN_SECONDS:
+        raise ImpossibleOperation(f"seconds is more than 0 and at most {MOST_PIN_SECONDS:.0f}, not {value!r}")
+    return float(value)
