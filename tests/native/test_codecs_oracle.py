@@ -208,6 +208,17 @@ def test_every_style(rigs: list[Rig], encoding: int, dtype: int, style: str) -> 
             check_values(view, whole(view), encoded, decoded, encoding)
 
 
+@pytest.mark.parametrize(("encoding", "dtype"), PAIRS)
+def test_every_width(rigs: list[Rig], encoding: int, dtype: int) -> None:
+    """Whole vectors and every rest of one, and a channel or token more than fit what is done at once."""
+    for width in [*range(1, 40), 63, 64, 65, 129, 513]:
+        shape = Shape(layers=1, blocks=1, heads=1, tokens=9 if width < 100 else 2, k=width, v=width + 1, dtype=dtype)
+        view = layouts.dense("LBHNC", shape)
+        encoded = encode(rigs[0], view, whole(view), [oracle.Span((0,), 0, 1)], encoding, style="outliers")
+        if encoded.statuses == [abi.OK]:
+            assert decode(rigs[0], view, whole(view), encoded, encoding)[0] == abi.OK
+
+
 @pytest.mark.parametrize("kind", sorted(layouts.catalogue(Shape())))
 @pytest.mark.parametrize("encoding", list(TAKES), ids=lambda encoding: NAMES[encoding])
 def test_every_layout(rigs: list[Rig], encoding: int, kind: str) -> None:

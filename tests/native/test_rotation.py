@@ -93,6 +93,22 @@ def test_rotating_in_place_is_that_of_the_oracle(rigs: list[Rig], data: st.DataO
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_every_number_of_pairs(rigs: list[Rig], dtype: int) -> None:
+    """Whole vectors, and every rest of one."""
+    view = layouts.dense("LBNHC", Shape(layers=1, blocks=1, heads=2, tokens=2, k=142, v=2, dtype=dtype))
+    element, part, rig = layouts.ELEMENT_BYTES[dtype], oracle.whole(view, 1), rigs[0]
+    angles = np.random.default_rng(2).uniform(-50, 50, 71)
+    image = contents.image(view, 5, "normal")
+    memory = rig.memory(image, "cache")
+    for count in range(1, 71):
+        for interleaved in (False, True):
+            turned = oracle.Rotation(tuple(np.cos(angles[:count])), tuple(np.sin(angles[:count])), element, interleaved)
+            assert rig.rotate(view, memory, part, [0], turned) == abi.OK, rig.explain()
+            oracle.rotate_blocks(image, view, part, [0], turned)
+            same(memory.fetch(), image, f"{count} pairs")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
 def test_errors_are_within_the_stated_bound(rigs: list[Rig], dtype: int, interleaved: bool) -> None:
     """Against the exact rotation of the stored elements, by longer arithmetic."""
