@@ -42,8 +42,8 @@ class Open(msgspec.Struct, tag="open"):
 
 
 class TierInfo(msgspec.Struct):
-    """A tier as the worker has it: ``capacity_chunks`` of ``chunk_bytes`` each; bandwidth in bytes per second, as
-    measured, 0 where nothing was moved yet."""
+    """A tier as the worker has it: at least ``capacity_chunks``, 0 where that is not known, of ``chunk_bytes`` each, on all
+    ranks together; bandwidth in bytes per second, of all ranks, as measured, 0 where nothing was moved yet."""
 
     name: str
     capacity_chunks: int

@@ -24,7 +24,7 @@ from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.report_server import ReportServer, Timing
 from worker_connector.stats import Counts, Stats
-from worker_connector.tier_stores import open_stores, rules_of
+from worker_connector.tier_stores import capacity_of, open_stores, rules_of
 
 WARMUP_SECONDS = 30.0
 """How long an engine without requests keeps stepping for lower tiers to be listed, so that it can warm up."""
@@ -51,6 +51,7 @@ class SchedulerHalf:
         self._vllm_config = vllm_config
         self._cache = cache
         self._groups, self._layout = self._describe(may_store=may_load or may_save)
+        self._ranks = vllm_config.parallel_config.world_size
         self._gpu: GpuTier | None = None
         self._server: ReportServer | None = None
         self._manager: Any = None
@@ -63,7 +64,7 @@ class SchedulerHalf:
             self.ledger,
             self._groups,
             model=self.model,
-            ranks=vllm_config.parallel_config.world_size,
+            ranks=self._ranks,
             chunk_bytes=self._layout.payload_bytes if self._layout else 0,
             may_load=may_load and self._layout is not None,
             may_save=may_save and self._layout is not None,
@@ -183,16 +184,20 @@ class SchedulerHalf:
     def _hello(self, rank: int) -> Hello:
         blocks = [group.block_size for group in self._groups] or [self._vllm_config.cache_config.block_size]
         gpu_chunks = self._cache.num_blocks * min(blocks) // self.config.chunk_size
-        chunk_bytes = self._layout.payload_bytes if self._layout else 0
-        for tier, capacity in ((GPU, gpu_chunks), (CPU, self.ledger.capacity)):
-            self.stats.set("capacity_chunks", capacity, tier)
+        payload_bytes = self._layout.payload_bytes if self._layout else 0
+        chunk_bytes = payload_bytes * self._ranks
+        capacities = {GPU: gpu_chunks, CPU: self.ledger.capacity}
+        for name in self.planner.lower.names:
+            capacities[name] = capacity_of(name, self.config, payload_bytes, self._ranks)
+        for name, capacity in capacities.items():
+            self.stats.set("capacity_chunks", capacity, name)
         return Hello(
             epoch=uuid.uuid4().hex,
             model=self.model,
             chunk_size=self.config.chunk_size,
             block_size=min(blocks),
             identity=self._identity(),
-            tiers=[TierInfo(GPU, gpu_chunks, chunk_bytes), TierInfo(CPU, self.ledger.capacity, chunk_bytes)],
+            tiers=[TierInfo(name, capacity, chunk_bytes) for name, capacity in capacities.items()],
             data_parallel_rank=rank,
             max_model_len=self._vllm_config.model_config.max_model_len,
             version=_version(),

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from worker_connector.chunk_object import HEADER_BYTES, Codec, read_header, unpack
+from worker_connector.compression import Compression
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import BadObject
 from worker_connector.lower import WRITE_SECONDS, TierRules
 from worker_connector.tier_movers import Tier
 from worker_connector.tiers.base import Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
+from worker_connector.tiers.disk_files import charge
 from worker_connector.tiers.guarded import Limits
 
 DISK = "disk"
@@ -48,6 +50,14 @@ def open_stores(config: ConnectorConfig) -> dict[str, Store]:
     if config.enable_remote:
         stores[REMOTE] = open_remote(config)
     return stores
+
+
+def capacity_of(tier: str, config: ConnectorConfig, payload_bytes: int, ranks: int) -> int:
+    """How many chunks a lower tier has room for at least, with an object of ``payload_bytes``, uncompressed, on each rank; 0
+    where that is not known: of a remote store, and where objects shrink by what cannot be foreseen."""
+    if tier != DISK or not payload_bytes or Codec.parse(config.disk_codec).compression is not Compression.NONE:
+        return 0
+    return config.disk_bytes // (ranks * charge(HEADER_BYTES + payload_bytes))
 
 
 def open_disk(config: ConnectorConfig) -> DiskStore:
