@@ -1,6 +1,6 @@
 """Bytes between a disk tier's files and memory on loan.
 
-The disk reads into and writes from buffers of this module, a megabyte at a time, and each piece is copied from or to the
+The disk reads into and writes from buffers of this module, half a megabyte at a time, and each piece is copied from or to the
 lent memory inside the loan: a disk that hangs holds a buffer of ours, never a slot that another chunk gets meanwhile.
 Direct I/O bypasses the kernel's page cache, which the CPU tier makes pointless: writes reach the disk without a second
 copy in memory, and nothing else is pushed out of it. Its buffers, offsets and lengths are whole pages.
@@ -19,7 +19,7 @@ import numpy as np
 
 from worker_connector.tiers.base import Sink, Source
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 512 << 10
 _PAGE = 4096
 
 _local = threading.local()

@@ -23,11 +23,11 @@ from worker_connector.tiers.disk_space import Space
 
 _PATIENCE_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
-_LISTED_AT_ONCE = 256
-_ADDED_AT_ONCE = 64
+_ADDED_AT_ONCE = 32
 _HEADERS_AT_ONCE = 32
-_BREATH_SECONDS = 0.0005
+_BREATH_SECONDS = 0.0002
 _COARSE_SECONDS = 2.0
+_QUIET_SECONDS = 60.0
 _TICK_SECONDS = 0.05
 _LISTINGS_AT_ONCE = 64
 
@@ -52,6 +52,8 @@ class Keeper:
         self._seen: dict[int, int] = {}
         self._next_area = 0
         self._over = False
+        self._damaged = 0
+        self._reported = float("-inf")
         threading.Thread(target=self._run, name=f"warmroute-{name}-keeper", daemon=True).start()
 
     def stop(self) -> None:
@@ -82,17 +84,12 @@ class Keeper:
     # ---- the first listing --------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
-        listed = 0
         for area in range(REST + 1):
             if self._stop.is_set():
                 return
             changed = self._changed(area)
             self._space.recount(area, self._patience())
             self._remember(area, changed)
-            listed += len((self._space.first_scan or {}).get(area, ()))
-            if listed >= _LISTED_AT_ONCE:
-                listed = 0
-                time.sleep(_BREATH_SECONDS)
         self._take_over()
         self._over = True
         self._enforce()
@@ -101,9 +98,8 @@ class Keeper:
     def _take_over(self) -> None:
         """Put what was listed into the index, the oldest first."""
         listed, self._space.first_scan = self._space.first_scan or {}, None
-        shards = [sorted(objects, key=lambda found: found.modified) for objects in listed.values()]
-        for number, found in enumerate(heapq.merge(*shards, key=lambda found: found.modified)):
-            self._space.learn_one(found)
+        for number, (_, unit, part, size) in enumerate(heapq.merge(*listed.values())):
+            self._space.learn_one(unit, part, size)
             if number % _ADDED_AT_ONCE == 0:
                 time.sleep(_BREATH_SECONDS)
 
@@ -155,10 +151,16 @@ class Keeper:
         try:
             expires = _expiry_of(block, size, key_of(unit, part))
         except BadObject as error:
-            _log.warning("%s: %s is damaged and was put aside: %s", self._name, key_of(unit, part), error)
+            self._report(key_of(unit, part), error)
             self._space.quarantine(unit, part, self._patience())
         else:
             self._index.expire(unit, part, expires)
+
+    def _report(self, key: str, error: BadObject) -> None:
+        self._damaged += 1
+        if time.monotonic() - self._reported > _QUIET_SECONDS:
+            self._reported = time.monotonic()
+            _log.warning("%s: %s is damaged and was put aside: %s (%d so far)", self._name, key, error, self._damaged)
 
     def _changed(self, area: int) -> int:
         return self._files.changed(area) if area <= QUARANTINE else 0

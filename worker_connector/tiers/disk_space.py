@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from worker_connector.tiers.disk_account import Account, Held
 from worker_connector.tiers.disk_files import PAGE, QUARANTINE, REST, Files, Found, charge
@@ -14,6 +15,10 @@ from worker_connector.tiers.disk_index import Index
 
 _LEARN_SECONDS = 5.0
 _UNREAD = 1 << 20
+
+
+Listed: TypeAlias = tuple[float, bytes, str, int]
+"""When it was modified, unit, part and size: a plain tuple, which the garbage collector need not visit."""
 
 
 class NoRoom(Exception):
@@ -37,7 +42,7 @@ class Space:
     def __init__(self, files: Files, index: Index, max_bytes: int, quarantine_bytes: int) -> None:
         self.account = Account(files, self.count)
         self.unread: deque[tuple[bytes, str]] = deque(maxlen=_UNREAD)
-        self.first_scan: dict[int, list[Found]] | None = {}
+        self.first_scan: dict[int, list[Listed]] | None = {}
         self.foreign = [0] * (REST + 1)
         self.evictions = self.expirations = self.quarantined = self.removed = 0
         self._files = files
@@ -201,16 +206,16 @@ class Space:
         self.foreign[area] = shard.foreign
         self.removed += shard.removed
         if self.first_scan is not None:
-            self.first_scan[area] = shard.objects
+            self.first_scan[area] = sorted((each.modified, each.unit, each.part, each.size) for each in shard.objects)
         else:
             self._learn(area, shard.objects)
         return shard.used
 
-    def learn_one(self, found: Found) -> None:
+    def learn_one(self, unit: bytes, part: str, size: int) -> None:
         """An object was met in a listing. Its header is to be read when there is time: it may tell when it expires."""
-        if not self._index.holds(found.unit, found.part):
-            self._index.add(found.unit, found.part, charge(found.size))
-            self.unread.append((found.unit, found.part))
+        if not self._index.holds(unit, part):
+            self._index.add(unit, part, charge(size))
+            self.unread.append((unit, part))
 
     def _learn(self, area: int, objects: list[Found]) -> None:
         there = {(found.unit, found.part) for found in objects}
@@ -219,7 +224,7 @@ class Space:
                 if (unit, known.part) not in there:
                     self._index.remove(unit, known.part)
         for found in sorted(objects, key=lambda found: found.modified):
-            self.learn_one(found)
+            self.learn_one(found.unit, found.part, found.size)
 
     # ---- room ---------------------------------------------------------------------------------------------------
 
