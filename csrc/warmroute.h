@@ -133,7 +133,8 @@ WR_API int32_t wr_scatter(wr_context *context, const wr_view *view, const wr_ran
                           const wr_span *spans, int32_t span_count, int32_t encoding, const wr_rotation *rotation,
                           uint64_t *checksums, void *stream);
 
-/* Rotate K in place, of all layers: for KV that is in the cache already and is an original. */
+/* Rotate K in place, of all layers: for KV that is in the cache already and is an original. What is written must not be
+ * named twice, here as in a scatter: a block that is would be rotated twice, or hold parts of both packed blocks. */
 WR_API int32_t wr_rotate(wr_context *context, const wr_view *view, const wr_range *range, const int32_t *blocks,
                          int32_t block_count, const wr_rotation *rotation, void *stream);
 

@@ -175,7 +175,7 @@ def encoded_views(draw: Any, dtypes: tuple[int, ...]) -> View:
 
 
 @pytest.mark.parametrize(("encoding", "dtype"), PAIRS)
-@drawn(25)
+@drawn(18)
 @given(st.data())
 def test_any_content(rigs: list[Rig], encoding: int, dtype: int, data: st.DataObject) -> None:
     rig = rigs[data.draw(st.integers(0, 1))]
@@ -235,7 +235,7 @@ def test_every_layout(rigs: list[Rig], encoding: int, kind: str) -> None:
         assert decode(rig, view, part, encoded, encoding)[0] == abi.OK
 
 
-@drawn(100)
+@drawn(50)
 @given(st.data())
 def test_sizes_of_units(rigs: list[Rig], data: st.DataObject) -> None:
     rig = rigs[0]
@@ -312,7 +312,7 @@ def test_an_encoded_form_that_is_one_byte_short_is_refused(rig: Rig, encoding: i
 
 
 @pytest.mark.parametrize(("encoding", "dtype"), PAIRS)
-@drawn(40)
+@drawn(25)
 @given(st.data())
 def test_damaged_units_are_refused_or_decode_as_documented(
     rigs: list[Rig], encoding: int, dtype: int, data: st.DataObject

@@ -67,7 +67,7 @@ def test_every_layout_and_dtype(rigs: list[Rig], kind: str, dtype: int) -> None:
         check_scatter(rig, view, part, chosen, seed=dtype)
 
 
-@drawn(60)
+@drawn(40)
 @given(st.data())
 def test_any_gather(rig: Rig, data: st.DataObject) -> None:
     view = data.draw(views())
@@ -78,7 +78,7 @@ def test_any_gather(rig: Rig, data: st.DataObject) -> None:
     )
 
 
-@drawn(60)
+@drawn(40)
 @given(st.data())
 def test_any_scatter(rig: Rig, data: st.DataObject) -> None:
     view = data.draw(views())

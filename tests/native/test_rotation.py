@@ -37,7 +37,7 @@ def rotations(draw: st.DrawFn, view: View) -> oracle.Rotation | None:
     )
 
 
-@drawn(60)
+@drawn(45)
 @given(st.data())
 def test_a_scatter_rotates_as_the_oracle(rigs: list[Rig], data: st.DataObject) -> None:
     """Raw and encoded, in any layout; every byte that is not a rotated element is as without rotation."""
@@ -73,7 +73,7 @@ def test_a_scatter_rotates_as_the_oracle(rigs: list[Rig], data: st.DataObject) -
     made.check(of="rotated scatter: ")
 
 
-@drawn(60)
+@drawn(45)
 @given(st.data())
 def test_rotating_in_place_is_that_of_the_oracle(rigs: list[Rig], data: st.DataObject) -> None:
     rig = rigs[data.draw(st.integers(0, 1))]
