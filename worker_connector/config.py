@@ -89,6 +89,7 @@ class ConnectorConfig:
     cache_warmup: bool = False
     lower_tier_patience: float = 5.0
     model_name: str = ""
+    weights_id: str = ""
     report_host: str = "127.0.0.1"
     report_port: int = 5571
     report_port_is_default: bool = True
@@ -176,6 +177,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "cache_warmup": boolean,
     "lower_tier_patience": seconds,
     "model_name": text,
+    "weights_id": text,
     "report_host": text,
     "report_port": port,
     "report_token": optional_text,

@@ -4,10 +4,13 @@ Everything is read from vLLM's objects by name, so nothing here imports vLLM.
 """
 
 import json
+import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,12 @@ from worker_connector.geometry import Group
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
 _THREADS = 4
+_NOTES = Path("~/.cache/warmroute/digests").expanduser()
+_LONG_BYTES = 1 << 30
 # What of a configuration says where a model came from, and not what it computes.
 _NOT_COMPUTED = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
+
+_log = logging.getLogger("vllm.warmroute.scheduler")
 
 
 def engine_identity(
@@ -49,7 +56,7 @@ def weights_identity(model: str, revision: str | None = None, override: str = ""
     the weight files, wherever they lie and whatever they are called after.
 
     Files in Hugging Face's cache are named by their content, so they need not be read; others are, at about a gigabyte
-    a second and thread.
+    a second and thread, once: what was found is noted under ~/.cache/warmroute/digests, by path, size, inode and time of change.
 
     Raises:
         ConfigurationError: the files cannot be found.
@@ -92,11 +99,23 @@ def directory_digest(directory: Path, suffixes: frozenset[str]) -> bytes:
 
 
 def _content_digest(path: Path) -> bytes:
-    name = Path(os.path.realpath(path)).name
-    if path.is_symlink() and _CONTENT_NAME.fullmatch(name):
-        return bytes.fromhex(name)
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").digest()
+    real = Path(os.path.realpath(path))
+    if path.is_symlink() and _CONTENT_NAME.fullmatch(real.name):
+        return bytes.fromhex(real.name)
+    status = real.stat()
+    note = _NOTES / sha256(f"{real}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}".encode()).hexdigest()
+    with suppress(OSError, ValueError):
+        return bytes.fromhex(note.read_text(encoding="ascii").strip())
+    if status.st_size >= _LONG_BYTES:
+        _log.info("Reading %s to tell its weights from others (%.1f GB)", real, status.st_size / 1e9)
+    with real.open("rb") as file:
+        digest = file_digest(file, "sha256").digest()
+    with suppress(OSError):
+        _NOTES.mkdir(parents=True, exist_ok=True, mode=0o700)
+        written = note.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        written.write_text(digest.hex(), encoding="ascii")
+        written.replace(note)
+    return digest
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

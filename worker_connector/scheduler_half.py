@@ -14,7 +14,6 @@ from worker_connector.errors import UnsupportedCache
 from worker_connector.eviction import POLICIES
 from worker_connector.geometry import Group, describe_groups
 from worker_connector.gpu_tier import GpuTier
-from worker_connector.identity import identity_of, shape_of
 from worker_connector.ledger import CPU, GPU, Ledger
 from worker_connector.lookups import Lookups
 from worker_connector.operations import Operations
@@ -23,6 +22,7 @@ from worker_connector.plan import StepPlan, WorkerReport
 from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.report_server import ReportServer, Timing
+from worker_connector.shape import identity_of, shape_of
 from worker_connector.stats import Counts, Stats
 from worker_connector.tier_stores import capacity_of, open_stores, rules_of
 
@@ -204,7 +204,7 @@ class SchedulerHalf:
         )
 
     def _identity(self) -> Identity:
-        return identity_of(self._vllm_config, self._cache, self._groups, self._layout)
+        return identity_of(self.config, self._vllm_config, self._cache, self._groups, self._layout)
 
     def _look_below(self) -> None:
         """Begin to look up chunks in the lower tiers."""

@@ -12,11 +12,11 @@ from worker_connector.config import ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable, UnsupportedCache
 from worker_connector.geometry import Group, describe_groups
-from worker_connector.identity import shape_of
 from worker_connector.movers import Transfers, stream_for
 from worker_connector.placement import node_of_cpus, node_of_gpu
 from worker_connector.plan import SaveJob, StepPlan, TierResult, WorkerReport
 from worker_connector.regions import SlotLayout, group_regions
+from worker_connector.shape import shape_of
 from worker_connector.slab import Slab
 from worker_connector.tier_movers import TierMovers
 from worker_connector.tier_stores import open_stores, tiers_of
