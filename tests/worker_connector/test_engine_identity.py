@@ -97,3 +97,21 @@ def test_adapters_are_told_by_content_and_configuration(tmp_path: Path) -> None:
         (directory / "adapter_model.safetensors").write_bytes(weights)
         digests.add(adapter_digest(directory))
     assert len(digests) == 3
+
+
+def test_a_file_is_read_once_per_machine_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_connector.engine_identity._NOTES", tmp_path / "notes")
+    model = tmp_path / "model"
+    model.mkdir()
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"one")
+    first = weights_identity(str(model))
+    reads: list[object] = []
+    monkeypatch.setattr("worker_connector.engine_identity.file_digest", lambda *given: reads.append(given) or 1 / 0)
+    assert weights_identity(str(model)) == first
+    weights.write_bytes(b"other")
+    with pytest.raises(ZeroDivisionError):
+        weights_identity(str(model))
+    assert len(reads) == 1
