@@ -2,19 +2,19 @@
 
 import asyncio
 import hmac
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from router.cache_control import Operation, Options, PromptKind, control, kind_of
 from router.config import LOOPBACK, WorkerSpec
 from router.control import MAX_TTL_S
-from router.errors import UNDECODABLE, Forbidden, InvalidRequest, NotFound, Unauthorized
+from router.errors import Forbidden, NotFound, Unauthorized
 from router.explain import explain_body, explain_id
 from router.policies import comparison_of
-from router.splice import Kind
 from router.workers import Worker
 
 if TYPE_CHECKING:
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from router.choosing import Plan, Routed
 
 
-PromptKind = Literal["chat", "completions", "messages", "responses", "generate"]
+_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
+_CHUNKS = {"type": "object", "required": ["chunks"], "properties": {"chunks": {"type": "array", "items": _DIGEST}}}
+_CACHE_BODY = {
+    "summary": "Have one worker or all do something with their caches",
+    "requestBody": {
+        "description": "Chunks, or any request whose prompt is meant, or nothing for everything",
+        "content": {"application/json": {"schema": {"anyOf": [_CHUNKS, {"type": "object"}]}}},
+    },
+}
 
 
 class Selector(BaseModel):
@@ -62,6 +70,7 @@ def make_admin(gateway: "Gateway") -> APIRouter:
     _add_workers(router, gateway)
     _add_config(router, gateway)
     _add_inspection(router, gateway)
+    _add_cache(router, gateway)
     return router
 
 
@@ -130,7 +139,7 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
     @router.post("/route")
     async def route(request: Request, endpoint: PromptKind | None = None) -> Any:
         raw = await request.body()
-        plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
+        plan, routed = await gateway.pipeline.explain(endpoint or kind_of(raw), raw)
         return explanation(gateway, plan, routed)
 
     @router.get("/explain")
@@ -140,7 +149,7 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
     @router.post("/explain")
     async def explain_body_of(request: Request, endpoint: PromptKind | None = None) -> Any:
         raw = await request.body()
-        plan, routed = await gateway.pipeline.explain(endpoint or _kind_of(raw), raw)
+        plan, routed = await gateway.pipeline.explain(endpoint or kind_of(raw), raw)
         return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
 
     @router.get("/requests")
@@ -149,6 +158,12 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     ) -> Any:
         return {"requests": await gateway.control.requests(limit, id)}
+
+
+def _add_cache(router: APIRouter, gateway: "Gateway") -> None:
+    @router.post("/cache/{operation}", openapi_extra=_CACHE_BODY)
+    async def cache(operation: Operation, request: Request, options: Annotated[Options, Query()]) -> Any:
+        return await control(gateway, operation, await request.body(), options)
 
 
 def describe(worker: Worker) -> dict[str, Any]:
@@ -312,11 +327,3 @@ def _find(gateway: "Gateway", name: str) -> Worker:
         names = ", ".join(item.name for item in gateway.registry.workers) or "none"
         raise NotFound(f"there is no worker {name!r}; there are: {names}", param="worker", code="worker_not_found")
     return worker
-
-
-def _kind_of(raw: bytes) -> Kind:
-    try:
-        body = msgspec.json.decode(raw)
-    except UNDECODABLE as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    return "completions" if isinstance(body, dict) and "messages" not in body and "prompt" in body else "chat"

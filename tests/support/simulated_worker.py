@@ -77,6 +77,10 @@ class SimulatedWorker:
 
         self.generating = {"/v1/chat/completions", "/v1/completions"}
 
+        self.calls: list[Call] = []
+        self.operate: Callable[[Call], Reply | None] = lambda call: Reply(call.id, {"operation": call.operation})
+        """Answers control requests; with None, never."""
+
         self.methods: list[str] = []
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.aborted = 0
@@ -176,7 +180,9 @@ class SimulatedWorker:
                             opening = message
                             self._hello(writer, watch=message.watch)
                         case Call() if opening is not None:
-                            writer.write(encode(Reply(message.id, {"operation": message.operation})))
+                            self.calls.append(message)
+                            if (reply := self.operate(message)) is not None:
+                                writer.write(encode(reply))
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:

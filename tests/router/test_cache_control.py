@@ -1,0 +1,217 @@
+"""Control of caches through the gateway, against simulated workers."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from kv_protocol.messages import Reply, unpack
+from router import cache_control
+from tests.support.simulated_worker import RunningGateway, SimulatedWorker, chat_body, run, running_gateway, until
+
+TEXT = "a conversation that fills some chunks of sixteen bytes each, and then a little more of it"
+
+
+async def post(gateway: RunningGateway, operation: str, body: Any = None, **options: Any) -> dict[str, Any]:
+    answer = await gateway.client.post(f"/admin/cache/{operation}", json=body, params=options)
+    assert answer.status_code == 200, answer.text
+    return {entry["worker"]: entry for entry in answer.json()["workers"]}
+
+
+def last(worker: SimulatedWorker) -> tuple[str, dict[str, Any], list[bytes]]:
+    call = worker.calls[-1]
+    arguments = dict(call.arguments)
+    return call.operation, arguments, unpack(arguments.pop("chunks", b""))
+
+
+def test_simulated_a_prompt_is_named_to_each_worker_by_its_own_hashes() -> None:
+    async def scenario() -> None:
+        a, b, other = SimulatedWorker(), SimulatedWorker(), SimulatedWorker("other")
+        b.chunk_size = 32
+        for worker in (a, b, other):
+            await worker.start()
+        async with running_gateway(a, b, other) as gateway:
+            entries = await post(gateway, "pin", chat_body(TEXT), seconds=60)
+            assert entries.keys() == {"a", "b"}
+            assert entries["a"]["result"] == {"operation": "pin"}
+            assert last(a) == ("pin", {"seconds": 60.0}, a.hashes(TEXT))
+            assert last(b) == ("pin", {"seconds": 60.0}, b.hashes(TEXT))
+            assert not other.calls
+            second = "another prompt which fills one chunk at least"
+            several = {"model": "simulated", "prompt": [list(TEXT.encode()), list(second.encode())]}
+            await post(gateway, "move", several, tier="disk", worker="a")
+            assert last(a)[1:] == ({"tier": "disk"}, a.hashes(TEXT) + a.hashes(second))
+            await post(gateway, "lookup", chat_body(TEXT, cache_salt="s"))
+            assert last(a)[2] == a.hashes(TEXT, cache_salt="s")
+            short = await post(gateway, "pin", chat_body("x"))
+            assert "does not fill one chunk of 16" in short["a"]["error"]
+
+    run(scenario())
+
+
+def test_simulated_chunks_and_everything_go_to_all_workers() -> None:
+    async def scenario() -> None:
+        a, b = await SimulatedWorker().start(), await SimulatedWorker("other").start()
+        async with running_gateway(a, b) as gateway:
+            chunks = a.hashes(TEXT)
+            await post(gateway, "warm", {"chunks": [chunk.hex() for chunk in chunks]}, tier="remote")
+            for worker in (a, b):
+                assert last(worker) == ("warm", {"tier": "remote"}, chunks)
+            await post(gateway, "clear", tier="cpu")
+            assert last(b) == ("clear", {"tier": "cpu"}, [])
+            assert "chunks" not in b.calls[-1].arguments
+            await post(gateway, "warm")
+            assert last(b)[1] == {"newest": cache_control.EVERYTHING}
+            await post(gateway, "warm", newest=5, worker="b")
+            assert last(b)[1] == {"newest": 5}
+            assert last(a)[1] == {"newest": cache_control.EVERYTHING}
+            for operation in ("stats", "pins", "unpin"):
+                await post(gateway, operation)
+                assert last(a) == (operation, {}, [])
+
+    run(scenario())
+
+
+def test_simulated_a_look_up_is_summed_up() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker().start()
+        chunks = a.hashes(TEXT)
+        held = [["gpu", "cpu"], ["disk"], [], *[["cpu"]] * (len(chunks) - 3)]
+        a.operate = lambda call: Reply(call.id, dict(zip([chunk.hex() for chunk in chunks], held, strict=True)))
+        async with running_gateway(a) as gateway:
+            entry = (await post(gateway, "lookup", chat_body(TEXT), ask=True))["a"]
+            assert (entry["chunks"], entry["hit_chunks"]) == (len(chunks), 2)
+            assert entry["held"] == {"gpu": 1, "cpu": len(chunks) - 2, "disk": 1}
+            assert list(entry["result"].values()) == held
+
+    run(scenario())
+
+
+def test_simulated_workers_that_fail_are_entries_and_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_control, "DEADLINE_S", 0.5)
+
+    async def scenario() -> None:
+        good, mute, silent, dead, refusing = [await SimulatedWorker(reports=n != 1).start() for n in range(5)]
+        silent.operate = lambda _: None
+        refusing.operate = lambda call: Reply(call.id, error="clear: there is no tier 'disk' here")
+        async with running_gateway(good, mute, silent, dead, refusing) as gateway:
+            await dead.kill()
+            began = asyncio.get_running_loop().time()
+            entries = await post(gateway, "clear", tier="disk")
+            assert asyncio.get_running_loop().time() - began < 3
+            assert entries["a"]["result"] == {"operation": "clear"}
+            assert entries["b"]["error"] == "it has no report port"
+            assert "no answer within 0.5 s" in entries["c"]["error"]
+            assert entries["d"]["error"]
+            assert "no tier 'disk'" in entries["e"]["error"]
+            await until(lambda: gateway.gateway.registry.workers[3].namespace is None)
+            asked = await post(gateway, "lookup", chat_body(TEXT), worker="d")
+            assert "not known" in asked["d"]["error"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "options", "status", "text"),
+    [
+        ("pin", None, {}, 400, "needs a request body"),
+        ("pin", {}, {}, 400, "names neither"),
+        ("clear", {}, {}, 400, "names neither"),
+        ("clear", {"chunks": []}, {}, 400, "list of digests"),
+        ("clear", {"chunks": ["zz"]}, {}, 400, "hexadecimal"),
+        ("clear", {"chunks": ["ab"]}, {}, 400, "32 hexadecimal digits"),
+        ("clear", {"chunks": [7]}, {}, 400, "hexadecimal"),
+        ("clear", {"chunks": ["00" * 16], "model": "simulated"}, {}, 400, "stands alone"),
+        ("clear", {"chunks": ["00" * 16] * 60_001}, {}, 400, "too many"),
+        ("clear", {"model": "simulated"}, {}, 400, "messages"),
+        ("clear", chat_body(TEXT, model="absent"), {}, 404, "absent"),
+        ("clear", None, {"seconds": 5}, 400, "clear does not take seconds"),
+        ("clear", None, {"tier": "gpu"}, 400, "tier"),
+        ("clear", None, {"worker": "nobody"}, 404, "there are: a"),
+        ("clear", None, {"wroker": "a"}, 400, "wroker"),
+        ("stats", {"chunks": ["00" * 16]}, {}, 400, "takes no body"),
+        ("warm", {"chunks": ["00" * 16]}, {"newest": 3}, 400, "not both"),
+        ("pin", {"chunks": ["00" * 16]}, {"seconds": "nan"}, 400, "seconds"),
+        ("explode", None, {}, 400, "operation"),
+    ],
+)
+def test_simulated_what_cannot_be_meant_reaches_no_worker(
+    operation: str, body: Any, options: dict[str, Any], status: int, text: str
+) -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker().start()
+        async with running_gateway(a) as gateway:
+            answer = await gateway.client.post(f"/admin/cache/{operation}", json=body, params=options)
+            error = answer.json()["error"]
+            assert (answer.status_code, text in json.dumps(error)) == (status, True), error
+            assert not a.calls
+
+    run(scenario())
+
+
+def test_simulated_the_admin_token_guards_it() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker().start()
+        async with running_gateway(a, admin_token="t0ken") as gateway:
+            assert (await gateway.client.post("/admin/cache/clear")).status_code == 401
+            assert not a.calls
+            headers = {"authorization": "Bearer t0ken"}
+            assert (await gateway.client.post("/admin/cache/clear", headers=headers)).status_code == 200
+            assert [call.operation for call in a.calls] == ["clear"]
+
+    run(scenario())
+
+
+def test_simulated_lower_tiers_count_like_any_other() -> None:
+    async def scenario() -> None:
+        a, b = SimulatedWorker(), SimulatedWorker()
+        for worker in (a, b):
+            worker.tiers |= {"disk": set(), "remote": set()}
+            await worker.start()
+        async with running_gateway(a, b, policy="least-ttft") as gateway:
+            index, chunks = gateway.gateway.index, a.hashes(TEXT)
+            b.store("cpu", chunks[:1])
+            b.store("disk", chunks[1:3])
+            b.store("remote", chunks)
+            b.publish_digest()
+            await until(lambda: index.sizes("b") == {"gpu": 0, "cpu": 1, "disk": 2, "remote": len(chunks)})
+            await until(lambda: gateway.gateway.registry.workers[1].digests_checked)
+            assert gateway.gateway.registry.workers[1].digest_mismatches == 0
+            answer = (await gateway.client.post("/admin/explain", json=chat_body(TEXT))).json()
+            held = next(item for item in answer["candidates"] if item["worker"] == "b")["hit_tokens_by_tier"]
+            assert held == {"gpu": 0, "cpu": 16, "disk": 32, "remote": 16 * (len(chunks) - 3)}
+            assert answer["worker"] == "b"
+            assert [tier["name"] for tier in (await gateway.worker("b"))["reports"]["tiers"]] == [*a.tiers]
+            assert await gateway.metric('warmroute_router_worker_chunks{tier="disk",worker="b"}') == 2
+            b.clear("disk")
+            await until(lambda: index.sizes("b")["disk"] == 0)
+
+    run(scenario())
+
+
+def test_a_call_that_is_answered_late_is_over() -> None:
+    async def scenario() -> None:
+        async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(mute, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()[:2]
+        cache_control_deadline, cache_control.DEADLINE_S = cache_control.DEADLINE_S, 0.2
+        try:
+            assert await cache_control.ask_worker(address, "stats", {}, "") == (None, "no answer within 0.2 s")
+        finally:
+            cache_control.DEADLINE_S = cache_control_deadline
+            server.close()
+
+    run(scenario())
+
+
+def test_a_summary_counts_the_run_from_the_start() -> None:
+    assert cache_control.summary({}) == {"chunks": 0, "hit_chunks": 0, "held": {}}
+    assert cache_control.summary({"a": ["cpu"], "b": [], "c": ["cpu"]}) == {
+        "chunks": 3,
+        "hit_chunks": 1,
+        "held": {"cpu": 2},
+    }
