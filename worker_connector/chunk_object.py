@@ -14,6 +14,8 @@ from typing import Final, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
+from worker_connector.codecs import ENCODINGS, LOSSLESS
+from worker_connector.codecs import name_of as encoding_name
 from worker_connector.compression import Compression, Undecodable, compress, decompress
 from worker_connector.errors import BadObject, ConfigurationError
 from worker_connector.native import Encoding, crc32c
@@ -57,6 +59,7 @@ class Check(StrEnum):
     PAYLOAD_CHECKSUM = "payload_checksum"
     DECOMPRESSION = "decompression"
     CONTENT_CHECKSUM = "content_checksum"
+    DECODING = "decoding"
 
 
 class ObjectKey(NamedTuple):
@@ -105,8 +108,13 @@ class Codec(NamedTuple):
     def __str__(self) -> str:
         if self.encoding is Encoding.RAW and self.compression is not Compression.NONE:
             return self.compression.name.lower()
-        encoding = _ENCODING_NAMES[self.encoding]
+        encoding = encoding_name(self.encoding)
         return encoding if self.compression is Compression.NONE else f"{encoding}+{self.compression.name.lower()}"
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether it gives back every bit."""
+        return self.encoding in LOSSLESS
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -117,22 +125,14 @@ class Codec(NamedTuple):
             ConfigurationError: there is no such codec.
         """
         parts = name.lower().split("+")
-        encodings = [_ENCODINGS[part] for part in parts if part in _ENCODINGS]
+        encodings = [ENCODINGS[part] for part in parts if part in ENCODINGS]
         compressions = [_COMPRESSIONS[part] for part in parts if part in _COMPRESSIONS]
         if len(encodings) + len(compressions) < len(parts) or len(encodings) > 1 or len(compressions) > 1:
-            known = ", ".join([*_ENCODINGS, *_COMPRESSIONS])
+            known = ", ".join([*ENCODINGS, *_COMPRESSIONS])
             raise ConfigurationError(f"there is no codec {name!r}: it is one of {known}, or two joined by +")
         return cls([*encodings, Encoding.RAW][0], [*compressions, Compression.NONE][0])
 
 
-_ENCODINGS = {
-    "raw": Encoding.RAW,
-    "fp8": Encoding.FP8,
-    "int8": Encoding.INT8,
-    "exp12": Encoding.EXP12,
-    "k16v8": Encoding.K16_V8,
-}
-_ENCODING_NAMES = {encoding: name for name, encoding in _ENCODINGS.items()}
 _COMPRESSIONS = {"zstd": Compression.ZSTD, "lz4": Compression.LZ4}
 
 

@@ -21,7 +21,7 @@ LOSSLESS = frozenset({Encoding.RAW, Encoding.EXP12})
 
 _NAMES = {encoding: name for name, encoding in ENCODINGS.items()}
 _FLOATS = {ElementType.F32: "float32", ElementType.F16: "float16", ElementType.BF16: "bfloat16"}
-_ELEMENT_BYTES = {
+ELEMENT_BYTES = {
     ElementType.BYTES: 1,
     ElementType.F16: 2,
     ElementType.BF16: 2,
@@ -35,13 +35,15 @@ _TILE_ELEMENTS = 8192
 @dataclass(frozen=True, slots=True)
 class Unit:
     """One (layer, block, head). ``v_elements`` is 0 for MLA, whose latent is all K. ``content_bytes`` is what a token
-    takes in the cache; 0 stands for no more than its K and V."""
+    takes in the cache; 0 stands for no more than its K and V. ``rows``: what counts as a token's K is a row of elements that
+    the attention backend arranged in its own way, K and V alike."""
 
     element: ElementType
     tokens: int
     k_elements: int
     v_elements: int
     content_bytes: int = 0
+    rows: bool = False
 
     @property
     def raw_bytes(self) -> int:
@@ -50,7 +52,7 @@ class Unit:
     @property
     def kv_bytes(self) -> int:
         """K and V of one token."""
-        return (self.k_elements + self.v_elements) * _ELEMENT_BYTES[self.element]
+        return (self.k_elements + self.v_elements) * ELEMENT_BYTES[self.element]
 
 
 def encoding_named(name: str) -> Encoding:
@@ -112,7 +114,7 @@ def unit_bytes(encoding: Encoding, unit: Unit) -> int:
         case Encoding.FP8:
             return token_scales * len(halves) + codes
         case Encoding.K16_V8:
-            keys = _pad16(unit.tokens * unit.k_elements * _ELEMENT_BYTES[unit.element])
+            keys = _pad16(unit.tokens * unit.k_elements * ELEMENT_BYTES[unit.element])
             return keys + v_scales + _pad16(unit.tokens * unit.v_elements)
         case Encoding.INT8:
             return _pad16(4 * unit.k_elements) + v_scales + codes
@@ -130,6 +132,8 @@ def _takes(encoding: Encoding) -> str:
 
 
 def _geometry_reason(encoding: Encoding, unit: Unit) -> str | None:
+    if unit.rows and encoding in {Encoding.INT8, Encoding.K16_V8}:
+        return "its attention backend keeps K and V in an arrangement of its own, in which they cannot be told apart"
     if unit.content_bytes not in (0, unit.kv_bytes):
         return f"a token has {unit.content_bytes} bytes, of which only {unit.kv_bytes} are known to be K and V"
     if not unit.k_elements and not unit.v_elements:

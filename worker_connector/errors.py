@@ -60,6 +60,10 @@ class Incompressible(NativeError):
     pass
 
 
+class Corrupt(NativeError):
+    """Encoded bytes that no encoder writes."""
+
+
 class BadObject(ConnectorError):
     """``check`` names what failed, one word of a small set fit for a metric's label (``chunk_object.Check``)."""
 

@@ -27,7 +27,7 @@ from struct import error as StructError  # noqa: N812 - it is an exception
 from types import TracebackType
 from typing import Any, Self
 
-from worker_connector.errors import Incompressible, NativeError, NativeRefusal, NativeUnavailable
+from worker_connector.errors import Corrupt, Incompressible, NativeError, NativeRefusal, NativeUnavailable
 from worker_connector.native_memory import Memory, memory_of
 from worker_connector.native_types import (
     ALL_TOKENS,
@@ -47,6 +47,7 @@ from worker_connector.native_types import (
 __all__ = [
     "ALL_TOKENS",
     "Context",
+    "Corrupt",
     "ElementType",
     "Encoding",
     "Granted",
@@ -307,7 +308,8 @@ class Context:
 
         Raises:
             NativeRefusal: something does not fit; nothing was written.
-            NativeError: the packed form is damaged or the backend failed; what was written is undefined.
+            Corrupt: the packed form is damaged; what was written is undefined.
+            NativeError: the backend failed; what was written is undefined.
         """
         turn = rotation.address if rotation is not None else 0
         self._move(self._scatter, (turn, stream), view, blocks, spans, range, encoding, checksums)
@@ -524,6 +526,7 @@ _ERRORS: dict[Status, type[NativeError]] = {
     Status.OUT_OF_BOUNDS: NativeRefusal,
     Status.UNSUPPORTED: NativeRefusal,
     Status.INCOMPRESSIBLE: Incompressible,
+    Status.CORRUPT: Corrupt,
 }
 
 _contexts: weakref.WeakSet[Context] = weakref.WeakSet()

@@ -64,7 +64,7 @@ def _regions_of(cache: Any, group: Any) -> Iterator[Region]:
 
 def _layer_regions(cache: Any, group: Any, tensor: Any, index: int) -> Iterator[Region]:
     stride = tensor.block_stride
-    spec = _layer_spec(group, tensor.layers[index])
+    spec = layer_spec(group, tensor.layers[index])
     heads_apart = tensor.layer_stride < spec.page_size_bytes <= stride and len(tensor.layers) > 1
     if heads_apart or stride * cache.num_blocks == tensor.size:
         yield Region(0, stride, stride)
@@ -78,7 +78,8 @@ def _layer_regions(cache: Any, group: Any, tensor: Any, index: int) -> Iterator[
         yield Region(offset + head * stride * cache.num_blocks, stride, run)
 
 
-def _layer_spec(group: Any, layer: str) -> Any:
+def layer_spec(group: Any, layer: str) -> Any:
+    """The ``KVCacheSpec`` of one layer of a group."""
     spec = group.kv_cache_spec
     return getattr(spec, "kv_cache_specs", {}).get(layer, spec)
 
