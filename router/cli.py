@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from router.cache_cli import cache
 from router.config import DEFAULT_REPORT_PORT, LOOPBACK, Settings, parse_address
 from router.errors import ConfigError
 from router.keys_cli import keys
@@ -259,6 +260,7 @@ def _add_serve() -> None:
 
 _add_serve()
 app.add_typer(keys)
+app.add_typer(cache)
 
 if __name__ == "__main__":
     main()

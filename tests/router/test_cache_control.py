@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from kv_protocol.messages import Reply, unpack
+from kv_protocol.messages import Call, Reply, unpack
 from router import cache_control
+from router.cli import app
 from tests.support.simulated_worker import RunningGateway, SimulatedWorker, chat_body, run, running_gateway, until
 
 TEXT = "a conversation that fills some chunks of sixteen bytes each, and then a little more of it"
@@ -215,3 +218,78 @@ def test_a_summary_counts_the_run_from_the_start() -> None:
         "hit_chunks": 1,
         "held": {"cpu": 2},
     }
+
+
+def answer_as_a_worker(call: Call) -> Reply:
+    """What a worker with a disk says."""
+    if call.operation == "stats":
+        counts = {"capacity_chunks": {"cpu": 100, "disk": 9000}, "failed_saves": {"disk": 3}}
+        disk = {"bandwidth": 2.5e9, "serving": False, "writing": "full", "scanned": False}
+        held = {"gpu": 1, "cpu": 20, "disk": 3000}
+        return Reply(call.id, {"counts": counts, "held_chunks": held, "tiers": {"disk": disk}})
+    if call.operation == "pins":
+        pins = [
+            {"chunk": "ab" * 16, "expires_in_s": 61.2, "held": True},
+            {"chunk": "cd" * 16, "expires_in_s": None, "held": False},
+        ]
+        return Reply(call.id, {"count": 2, "pins": pins})
+    if call.operation == "lookup":
+        given = call.arguments["chunks"]
+        digests = given if isinstance(given, list) else [chunk.hex() for chunk in unpack(given)]
+        return Reply(call.id, {digest: ["cpu", "disk"] for digest in digests})
+    return Reply(call.id, {"removed": 1234, "tiers": {"disk": 1234}, "queued": ["disk"]})
+
+
+def test_simulated_the_command_asks_a_gateway_or_a_worker(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        a, b = await SimulatedWorker().start(), await SimulatedWorker().start()
+        a.operate = b.operate = answer_as_a_worker
+        file = tmp_path / "request.json"
+        file.write_text(json.dumps(chat_body(TEXT)))
+        async with running_gateway(a, b, admin_token="t0ken") as gateway:
+            at_gateway = ["--url", f"http://127.0.0.1:{gateway.port}", "--token", "t0ken"]
+            at_worker = ["--worker", f"127.0.0.1:{a.report_port}"]
+
+            async def command(*arguments: str, status: int = 0) -> str:
+                result = await asyncio.to_thread(CliRunner(env={"COLUMNS": "160"}).invoke, app, ["cache", *arguments])
+                assert result.exit_code == status, result.output
+                return result.output
+
+            chunks = len(a.hashes(TEXT))
+            shown = json.loads(await command("lookup", str(file), "--json", *at_gateway))
+            assert [entry["hit_chunks"] for entry in shown["workers"]] == [chunks, chunks]
+            assert [entry["held"] for entry in shown["workers"]] == [{"cpu": chunks, "disk": chunks}] * 2
+            assert f"{chunks}" in await command("lookup", str(file), "--at", "b", *at_gateway)
+            assert "│ cpu  │    20 │" in (await command("stats", *at_worker)).replace("┃", "│")
+            told = await command("stats", *at_gateway)
+            assert all(text in told for text in ("3,000", "9,000", "2,500", "full, not listed yet"))
+            told = await command("pins", *at_worker)
+            assert all(text in told for text in ("ab" * 16, "61 s", "never", "not yet"))
+            told = await command("clear", "--all", "--tier", "disk", *at_gateway)
+            assert "1,234" in told
+            assert "disk" in told
+            assert a.calls[-1].arguments == {"tier": "disk"}
+            await command("lookup", "--chunk", "ab" * 16, "--ask", *at_worker)
+            assert a.calls[-1].arguments == {"chunks": ["ab" * 16], "ask": True}
+            await command("warm", *at_worker)
+            assert a.calls[-1].arguments == {"newest": cache_control.EVERYTHING}
+            await command("pin", str(file), "--for", "60", *at_gateway)
+            assert a.calls[-1].arguments["seconds"] == 60
+            await command("unpin", "--all", *at_gateway)
+            await command("move", str(file), "--tier", "disk", *at_gateway)
+            assert last(a) == ("move", {"tier": "disk"}, a.hashes(TEXT))
+
+            asked = len(a.calls)
+            assert "--all" in await command("clear", *at_gateway, status=2)
+            assert "--all" in await command("clear", str(file), "--all", *at_gateway, status=2)
+            assert "knows no prompts" in await command("lookup", str(file), *at_worker, status=2)
+            assert "WARMROUTE_ADMIN_TOKEN" in await command("stats", *at_gateway[:2], status=2)
+            assert "cannot read" in await command("pin", str(tmp_path / "absent"), *at_gateway, status=2)
+            assert "not both" in await command("pin", str(file), "--chunk", "ab" * 16, *at_gateway, status=2)
+            assert "one of them" in await command("stats", "--at", "a", *at_worker, status=2)
+            assert "no gateway answers" in await command("stats", "--url", "http://127.0.0.1:9", status=2)
+            assert len(a.calls) == asked
+            b.operate = lambda call: Reply(call.id, error="unpin: no")
+            assert "unpin: no" in await command("unpin", "--all", *at_gateway, status=1)
+
+    run(scenario())

@@ -1,0 +1,193 @@
+"""``warmroute cache``: looks into the caches of workers and controls them, through a gateway or at a worker's report port."""
+
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+cache = typer.Typer(name="cache", help="Look into the caches of workers and control them.", no_args_is_help=True)
+
+What = Annotated[str, typer.Argument(help="file with a request body whose prompt is meant; - for standard input")]
+Chunk = Annotated[list[str] | None, typer.Option("--chunk", help="a chunk's hexadecimal digest; repeat for each")]
+Url = Annotated[str, typer.Option("--url", help="the gateway")]
+Worker = Annotated[str, typer.Option("--worker", help="HOST:PORT of a worker's report port, to ask it and no gateway")]
+At = Annotated[str, typer.Option("--at", help="name of one worker at the gateway; all if not said")]
+Token = Annotated[str, typer.Option("--token", envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateway")]
+ReportToken = Annotated[
+    str, typer.Option("--report-token", envvar="WARMROUTE_REPORT_TOKEN", help="token of the worker's report port")
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Tier = Annotated[str, typer.Option("--tier", help="cpu, disk or remote")]
+Seconds = Annotated[
+    float | None, typer.Option("--for", help="seconds for which they stay pinned; for good if not said")
+]
+GATEWAY = "http://127.0.0.1:8080"
+
+
+class _Where(NamedTuple):
+    url: str
+    worker: str
+    at: str
+    token: str
+    report_token: str
+
+
+def _run(
+    operation: str, where: _Where, *, what: str = "", chunks: list[str] | None = None, as_json: bool, **arguments: Any
+) -> None:
+    from router import cache_command  # noqa: PLC0415 - keeps the other commands quick
+
+    target = cache_command.Target(**where._asdict())
+    try:
+        status = cache_command.run(operation, target, what, chunks or [], arguments, as_json=as_json)
+    except cache_command.CacheError as error:
+        typer.echo(f"warmroute: {error}", err=True)
+        raise typer.Exit(2) from error
+    raise typer.Exit(status)
+
+
+@cache.command()
+def lookup(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    ask: Annotated[bool, typer.Option("--ask", help="ask lower tiers for what nobody knows of")] = False,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Say which tiers of each worker hold a prompt's chunks."""
+    where = _Where(url, worker, at, token, report_token)
+    _run("lookup", where, what=request, chunks=chunk, as_json=as_json, ask=ask)
+
+
+@cache.command()
+def clear(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    everything: Annotated[bool, typer.Option("--all", help="everything there is, of all prompts")] = False,
+    tier: Tier = "",
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Drop a prompt's chunks, or everything, from one tier or all behind the GPU."""
+    _said_what(request, chunk, everything=everything)
+    where = _Where(url, worker, at, token, report_token)
+    _run("clear", where, what=request, chunks=chunk, as_json=as_json, tier=tier)
+
+
+@cache.command()
+def pin(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    seconds: Seconds = None,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Keep a prompt's chunks from eviction from the CPU tier."""
+    where = _Where(url, worker, at, token, report_token)
+    _run("pin", where, what=request, chunks=chunk, as_json=as_json, seconds=seconds)
+
+
+@cache.command()
+def unpin(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    everything: Annotated[bool, typer.Option("--all", help="all pins")] = False,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """End the pins on a prompt's chunks, or all."""
+    _said_what(request, chunk, everything=everything)
+    where = _Where(url, worker, at, token, report_token)
+    _run("unpin", where, what=request, chunks=chunk, as_json=as_json)
+
+
+@cache.command()
+def pins(
+    *,
+    limit: Annotated[int, typer.Option("--limit", help="how many to list of each worker")] = 1000,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """List what is pinned."""
+    _run("pins", _Where(url, worker, at, token, report_token), as_json=as_json, limit=limit)
+
+
+@cache.command()
+def warm(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    newest: Annotated[int | None, typer.Option("--newest", help="the so many that came last")] = None,
+    tier: Tier = "",
+    seconds: Seconds = None,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Bring a prompt's chunks, or the newest of the lower tiers, into the CPU tier."""
+    where = _Where(url, worker, at, token, report_token)
+    _run("warm", where, what=request, chunks=chunk, as_json=as_json, newest=newest, tier=tier, seconds=seconds)
+
+
+@cache.command()
+def move(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    tier: Tier = "",
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Write a prompt's chunks to a lower tier and drop them from the CPU tier."""
+    where = _Where(url, worker, at, token, report_token)
+    _run("move", where, what=request, chunks=chunk, as_json=as_json, tier=tier)
+
+
+@cache.command()
+def stats(
+    *,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Show the figures of every tier."""
+    _run("stats", _Where(url, worker, at, token, report_token), as_json=as_json)
+
+
+def _said_what(request: str, chunks: list[str] | None, *, everything: bool) -> None:
+    if everything == bool(request or chunks):
+        typer.echo("warmroute: name a request, chunks (--chunk), or everything (--all)", err=True)
+        raise typer.Exit(2)
