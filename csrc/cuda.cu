@@ -184,6 +184,8 @@ int32_t copy_many(wr_context &context, const uint64_t *targets, const uint64_t *
 int32_t finish(wr_context &context, void *stream) {
     WR_PASSED(check_stream(context, stream));
     WR_PASSED(wait_for_stream(context, static_cast<cudaStream_t>(stream), kWaitSeconds));
+    // Also what went to other streams: nothing may tell its outcome between reading and clearing.
+    WR_PASSED(wait_for(context, context.done, kWaitSeconds));
     volatile Outcome &outcome = context.shared->outcome;
     const bool incompressible = outcome.incompressible != 0, corrupt = outcome.corrupt != 0;
     outcome.incompressible = 0;

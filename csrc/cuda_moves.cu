@@ -149,8 +149,14 @@ template <typename V> cudaError_t preload_copies() {
 }
 
 template <int kType> cudaError_t preload_turns() {
-    const cudaError_t error = preload(turn_pages<kType, Word128, true, false>);
-    return error == cudaSuccess ? preload(turn_pages<kType, Word128, false, false>) : error;
+    const cudaError_t errors[] = {
+        preload(turn_pages<kType, Word128, true, false>),
+        preload(turn_pages<kType, Word128, false, false>),
+        preload(turn_pages<kType, Word128, false, true>),
+    };
+    for (const cudaError_t error : errors)
+        if (error != cudaSuccess) return error;
+    return cudaSuccess;
 }
 
 }  // namespace
@@ -165,6 +171,8 @@ cudaError_t preload_moves() {
         preload_copies<uint8_t>(),
         preload(copy_pages<Word128, true, true>),
         preload(copy_pages<Word128, false, true>),
+        preload(copy_pages<Word64, true, true>),
+        preload(copy_pages<Word64, false, true>),
         preload_turns<WR_F32>(),
         preload_turns<WR_F16>(),
         preload_turns<WR_BF16>(),

@@ -56,6 +56,7 @@ int32_t lock_pages(wr_context &context, uint8_t *memory, size_t size, bool &same
         void *seen = nullptr;
         same = same && cudaHostGetDevicePointer(&seen, memory + at, 0) == cudaSuccess && seen == memory + at;
     }
+    if (!same) cudaGetLastError(); // or the next launch would seem to have failed
     return WR_OK;
 }
 

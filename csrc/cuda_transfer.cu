@@ -89,6 +89,8 @@ int32_t copy_pages(wr_context &context, const Moving &moving, const Task &task, 
 int32_t turn_pages(wr_context &context, const Moving &moving, const Task &task, const Piece &piece, bool in_place) {
     const Runs runs = runs_of(moving.view, moving.range, true);
     uint32_t width = common_width(task, runs);
+    if (width < static_cast<uint32_t>(element_bytes(moving.view.dtype)))
+        return refuse(context.reason, WR_UNSUPPORTED, "a packed form that is not aligned to its elements cannot be rotated");
     const Turn turn = turn_of(moving.view, *moving.rotation, width);
     const Launch on = on_stream(context, moving.stream);
     const bool sums = moving.sums_at != 0 && !in_place, along = sums && width >= 8;
@@ -206,6 +208,15 @@ void set_factors(wr_context &context, const wr_rotation &rotation) {
     }
 }
 
+namespace {
+
+// Kernels that rotate read whole elements, but a packed form may begin anywhere; staging memory does not.
+bool elements_astray(const Moving &moving, const Task &task) {
+    return moving.rotation != nullptr && task.touched % static_cast<uint64_t>(element_bytes(moving.view.dtype)) != 0;
+}
+
+}  // namespace
+
 Route route_of(const wr_context &context, const Moving &moving) {
     const Task &task = context.task;
     if (moving.encoding != WR_RAW) return Route::staged;
@@ -215,7 +226,8 @@ Route route_of(const wr_context &context, const Moving &moving) {
     if (plain && (context.path == WR_COPY_ENGINE || (context.path == WR_AUTO && large))) return Route::engine;
     const bool fits = !task.partial && task.page_bytes() <= kSlotBytes && !moving.packed_on_device;
     const bool faster = moving.load ? context.staged_loads : context.staged_saves;
-    const bool wanted = context.path == WR_STAGED || (context.path != WR_KERNEL && faster);
+    const bool wanted =
+        context.path == WR_STAGED || (context.path != WR_KERNEL && faster) || elements_astray(moving, task);
     return wanted && fits ? Route::staged : Route::direct;
 }
 

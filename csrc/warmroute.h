@@ -143,7 +143,7 @@ WR_API int32_t wr_rotate(wr_context *context, const wr_view *view, const wr_rang
 WR_API int32_t wr_copy_batch(wr_context *context, const uint64_t *targets, const uint64_t *sources,
                              const uint64_t *sizes, int64_t count, int32_t loads, void *stream);
 
-/* CUDA: wait for the stream, for a minute at most, and say how the encoded gathers (WR_INCOMPRESSIBLE) and scatters
+/* CUDA: wait for the stream and what else the context has under way, for a minute at most, and say how the encoded gathers (WR_INCOMPRESSIBLE) and scatters
  * (WR_CORRUPT) since the last call ended. CPU: WR_OK. */
 WR_API int32_t wr_finish(wr_context *context, void *stream);
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.native import abi, cuda_builds, layouts, oracle
-from tests.native.layouts import BF16, Shape, View
+from tests.native.layouts import BF16, F32, Shape, View
 from tests.native.rig import Backend, Rig
 
 HERE = Path(__file__).parent
@@ -91,6 +91,25 @@ def test_more_layers_and_blocks_than_a_launch_has(rig: Rig) -> None:
     order = np.random.default_rng(1).permutation(view.blocks).tolist()
     chosen = [oracle.Span(tuple(order[:100]), 0, 100), oracle.Span(tuple(order[100:101]), 2, 4)]
     round_trip(rig, view, [*chosen, oracle.Span(tuple(order[101:205]), 1, 110)], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_packed_form_off_its_elements_is_rotated_or_refused(rig: Rig, dtype: int) -> None:
+    """A kernel that read it where it is would trap, and take the process's whole CUDA context along."""
+    view = layouts.dense("LBHNC", Shape(layers=2, blocks=6, heads=2, tokens=4, k=16, v=16, dtype=dtype))
+    span, turn = oracle.Span((4, 1, 3), 0, 3), oracle.Rotation((0.6,) * 8, (0.8,) * 8)
+    noise = np.random.default_rng(dtype)
+    for part, accepted in ((oracle.whole(view, 3), True), (oracle.Range(0, 2, 0, 2, 1, 5), False)):
+        image = noise.integers(0, 256, view.size, np.uint8)
+        source = noise.integers(0, 256, oracle.packed_bytes(view, part, span), np.uint8)
+        cache, packed = rig.memory(image, "cache"), rig.memory(source, "packed", shift=1)
+        status = rig.scatter(view, cache, part, [(span, packed)], rotation=turn).status
+        assert status == (abi.OK if accepted else abi.UNSUPPORTED), rig.explain()
+        if accepted:
+            oracle.scatter(image, view, part, span, source)
+            oracle.rotate_blocks(image, view, part, span.blocks, turn)
+        assert np.array_equal(cache.fetch(), image)
 
 
 @pytest.mark.slow
