@@ -349,8 +349,6 @@ class LowerTiers:
 
     def absorb(self, results: Mapping[int, TierResult], lost: Mapping[str, set[bytes]]) -> None:
         """What the workers did."""
-        for tier, chunks in lost.items():
-            self._ledger.removed(tier, chunks)
         for number, result in results.items():
             job = self._jobs.get(number)
             if job is None:
@@ -358,6 +356,9 @@ class LowerTiers:
             job.result.merge(result)
             if job.result.ranks >= self._ranks:
                 self._end(self._jobs.pop(number))
+        # Last: what was written and evicted since the last report is gone.
+        for tier, chunks in lost.items():
+            self._ledger.removed(tier, chunks)
 
     def drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
         """Delete a tier's copies: of these chunks, or all of this engine's identity."""

@@ -27,6 +27,7 @@ from worker_connector.errors import BadObject, ConnectorError, StoreUnavailable
 from worker_connector.native import Encoding
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.tiers.base import Outcome, Sink, Source, Status, Store, pages
+from worker_connector.tiers.said import Said
 
 BATCH_PIECES = 16
 """Objects per call of a store: so many headers, and compressed payloads, are in memory at once."""
@@ -93,6 +94,8 @@ class TierMovers:
         self._results: dict[int, TierResult] = {}
         self._fetches = 0
         self._stop = threading.Event()
+        self._said = Said()
+        self._bad = 0
         self._threads = {
             (name, reads): ThreadPoolExecutor(1, f"warmroute-{name}-{'fetch' if reads else 'write'}")
             for name in tiers
@@ -117,6 +120,15 @@ class TierMovers:
         with self._changed:
             results, self._results = self._results, {}
         return results
+
+    def take_lost(self) -> dict[str, set[bytes]]:
+        """Chunks of this engine that a store gave up by itself since the last call, by tier. After ``take``: what was written
+        and lost since then is told in the same report."""
+        own, lost = self._shape.identity, {}
+        for name, tier in self._tiers.items():
+            if units := tier.store.take_lost():
+                lost[name] = {unit[len(own) :] for unit in units if unit.startswith(own)}
+        return {name: chunks for name, chunks in lost.items() if chunks}
 
     def wait_for_fetches(self, seconds: float) -> None:
         """Return when a fetch ended or none is under way, after ``seconds`` at the latest."""
@@ -232,8 +244,10 @@ class TierMovers:
         return parsed == self._shape.key(parsed.chunk)
 
     def _discard(self, store: Store, bad: Mapping[str, str]) -> None:
-        for key, reason in bad.items():
-            _log.error("%s: the copy %s is bad and is discarded: %s", store.name, key, reason)
+        key, reason = next(iter(bad.items()))
+        self._bad += len(bad)
+        if self._said.anew(store.name):
+            _log.error("%s: the copy %s is bad and is discarded: %s (%d so far)", store.name, key, reason, self._bad)
         try:
             store.discard(list(bad), next(iter(bad.values())), time.monotonic() + _DISCARD_SECONDS)
         except StoreUnavailable as error:

@@ -11,7 +11,7 @@ from worker_connector.tier_movers import Tier
 from worker_connector.tiers.base import Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
 from worker_connector.tiers.disk_files import charge
-from worker_connector.tiers.guarded import Limits
+from worker_connector.tiers.guarded import Guarded, Limits
 
 DISK = "disk"
 REMOTE = "remote"
@@ -46,7 +46,7 @@ def open_stores(config: ConnectorConfig) -> dict[str, Store]:
     """
     stores: dict[str, Store] = {}
     if config.enable_disk:
-        stores[DISK] = open_disk(config)
+        stores[DISK] = Guarded(open_disk(config), Limits(timeout=config.disk_timeout, put_timeout=WRITE_SECONDS))
     if config.enable_remote:
         stores[REMOTE] = open_remote(config)
     return stores
@@ -75,7 +75,7 @@ def open_disk(config: ConnectorConfig) -> DiskStore:
 def open_remote(config: ConnectorConfig) -> Store:
     from worker_connector.tiers.urls import open_stores as open_urls  # noqa: PLC0415 - its clients load slowly
 
-    limits = Limits(timeout=WRITE_SECONDS)  # fetches have their own, shorter deadlines
+    limits = Limits(timeout=config.remote_timeout, put_timeout=WRITE_SECONDS)
     return open_urls(config.remote_url, replicas=config.replicas, ttl=config.ttl, limits=limits, verify=is_sound)
 
 

@@ -131,8 +131,9 @@ class WorkerHalf:
         report.step, self._timed_step = step, 0
         if below:
             report.tiers, self._refused = self._refused, {}
-            if self._tiers is not None:
-                report.tiers |= self._tiers.take()
+        if self._tiers is not None:
+            report.tiers |= self._tiers.take()
+            report.lost = self._tiers.take_lost()
         return report
 
     def close(self) -> None:

@@ -222,3 +222,25 @@ def test_a_question_does_not_wait_for_a_store_that_hangs(
     time.sleep(0.15)
     assert not question.pending
     lookups.close()
+
+
+def test_what_the_store_gives_up_is_told_of_this_engines_chunks(rig: Rig, tmp_path: Path) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0), Piece(CHUNKS[1], 1)])
+    other = SHAPE._replace(identity=bytes([9]) * 16)
+    keys = [str(SHAPE.key(CHUNKS[0])), str(other.key(CHUNKS[1]))]
+    for path in objects(tmp_path / "cache"):
+        path.unlink()
+    rig.store.exists(keys, time.monotonic() + 5)
+    rig.run("fetch", [Piece(CHUNKS[0], 2), Piece(CHUNKS[1], 3)])
+    assert rig.movers.take_lost() == {"disk": {CHUNKS[0], CHUNKS[1]}}
+    assert rig.movers.take_lost() == {}
+
+
+def test_damage_is_said_once_however_much_there_is(rig: Rig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pieces = [Piece(chunk, slot) for slot, chunk in enumerate(CHUNKS)]
+    rig.run("write", pieces)
+    for path in objects(tmp_path / "cache"):
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    fetched = rig.run("fetch", pieces)
+    assert set(fetched.failed.values()) == {"bad"}
+    assert len([record for record in caplog.records if "is bad" in record.getMessage()]) == 1

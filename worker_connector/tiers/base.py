@@ -276,6 +276,11 @@ class Store(ABC):
             StoreUnavailable: the store as a whole failed; objects may or may not have been stored.
         """
 
+    def take_lost(self) -> list[bytes]:
+        """What the store gave up by itself since the last call, as far as it tells: an identity and a chunk each, of 16
+        bytes. What came again meanwhile is not among it."""
+        return []
+
     @abstractmethod
     def exists(self, keys: Sequence[str], deadline: float) -> list[Outcome]:
         """Found, with the size where the store tells it, missing, or failed.

@@ -182,6 +182,9 @@ class DiskStore(Store):
         """Whether the directory has been listed, waiting for it at most so long. Until then nothing is stored."""
         return self._keeper.scanned.wait(seconds)
 
+    def take_lost(self) -> list[bytes]:
+        return self._index.take_gone()
+
     def figures(self) -> DiskFigures:
         space = self._space
         return DiskFigures(

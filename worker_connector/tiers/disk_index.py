@@ -7,6 +7,7 @@ index keeps no object that the garbage collector visits.
 
 import math
 import threading
+from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from worker_connector.eviction import EvictionPolicy
 _PAGE = 4096
 _PAGE_BITS, _TIME_BITS = 26, 32  # with the part's number mostly below 2^60, which Python keeps in 32 bytes
 _FOR_EVER = (1 << _TIME_BITS) - 1
+_MOST_GONE = 1 << 16
 
 
 class Known(NamedTuple):
@@ -35,6 +37,7 @@ class Index:
         self._parts: list[str] = []
         self._numbers: dict[str, int] = {}
         self._pins: dict[bytes, int] = {}
+        self._gone: deque[bytes] = deque(maxlen=_MOST_GONE)
         self._objects = 0
         self._bytes = 0
 
@@ -80,6 +83,8 @@ class Index:
     def remove(self, unit: bytes, part: str) -> None:
         """An object is gone."""
         with self.lock:
+            if self._codes(unit):
+                self._gone.append(unit)
             if kept := self._others(unit, part):
                 self._set(unit, kept)
             else:
@@ -88,8 +93,16 @@ class Index:
     def forget(self, unit: bytes) -> None:
         """All of a unit is gone."""
         with self.lock:
+            if self._codes(unit):
+                self._gone.append(unit)
             self._set(unit, ())
             self._policy.discard(unit)
+
+    def take_gone(self) -> list[bytes]:
+        """Units that lost an object since the last call and do not have it again, the last 65,536 of them."""
+        with self.lock:
+            gone, self._gone = self._gone, deque(maxlen=_MOST_GONE)
+            return [unit for unit in dict.fromkeys(gone) if not self._codes(unit)]
 
     def touch(self, units: Iterable[bytes]) -> None:
         """Units were used, in this order."""

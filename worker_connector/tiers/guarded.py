@@ -20,10 +20,10 @@ from worker_connector.errors import StoreUnavailable
 from worker_connector.tiers.base import Loan, LoanEnded, Outcome, Page, Sink, Source, Status, Store, failed
 from worker_connector.tiers.breaker import Breaker, Pauses
 from worker_connector.tiers.crew import Crew, CrewFull, Job
+from worker_connector.tiers.said import Said
 
 T = TypeVar("T")
 
-_REPEAT_SECONDS = 60.0
 _FAIR_SECONDS = 0.1
 _FAILED_CALLS = 5
 _PROBES = 3
@@ -33,10 +33,11 @@ _log = logging.getLogger("vllm.warmroute.store")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """``timeout`` is the most seconds one operation may take, whatever its deadline; ``threads`` run at once, and
-    ``waiting`` more may wait for one of them."""
+    """``timeout`` is the most seconds one operation may take, whatever its deadline, and ``put_timeout``, unless 0, what a
+    put may; ``threads`` run at once, and ``waiting`` more may wait for one of them."""
 
     timeout: float = 5.0
+    put_timeout: float = 0.0
     threads: int = 4
     waiting: int = 64
     pauses: Pauses = field(default_factory=Pauses)
@@ -85,7 +86,7 @@ class Guarded(Store):
         self._tallies: dict[str, Tally] = {}
         self._failed_calls = 0
         self._closed = threading.Event()
-        self._said = _Said()
+        self._said = Said()
         self._outage_said = False
 
     # The interface.
@@ -123,6 +124,9 @@ class Guarded(Store):
 
     def ping(self, deadline: float) -> None:
         self._guard(_Operation(name="ping", work=self.store.ping, tally=_tally_one), deadline)
+
+    def take_lost(self) -> list[bytes]:
+        return self.store.take_lost()
 
     def close(self) -> None:
         self._closed.set()
@@ -186,7 +190,9 @@ class Guarded(Store):
 
     def _run(self, operation: _Operation[T], began: float, deadline: float) -> T:
         ticket = self._admit()
-        until = min(deadline, began + self._limits.timeout)
+        limits = self._limits
+        longest = (limits.put_timeout if operation.name == "put" else 0.0) or limits.timeout
+        until = min(deadline, began + longest)
         try:
             job = self._crew.submit(partial(operation.work, until))
         except CrewFull:
@@ -317,21 +323,6 @@ class Guarded(Store):
             total.calls += 1
             total.seconds += time.monotonic() - began
             tally(total)
-
-
-class _Said:
-    """Which causes were logged lately, so that a store that fails again and again does not fill the log."""
-
-    def __init__(self) -> None:
-        self._at: dict[str, float] = {}
-
-    def anew(self, cause: str) -> bool:
-        now = time.monotonic()
-        known = self._at.get(cause)
-        if known is not None and now - known < _REPEAT_SECONDS:
-            return False
-        self._at[cause] = now
-        return True
 
 
 def _found_so_far(lent: Sequence[Loan]) -> list[Outcome] | None:
