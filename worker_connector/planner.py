@@ -46,6 +46,8 @@ from worker_connector.stats import Stats
 
 LOAD_SECONDS = 10.0
 """A load that takes longer is given up and its tokens are computed."""
+_NEVER = 1 << 62
+"""A token that no request comes to."""
 
 _log = logging.getLogger("vllm.warmroute.planner")
 
@@ -86,6 +88,7 @@ class Planner:
         self.stats = stats or Stats()
         self.estimator = Estimator()
         self.publish = publish
+        self.keep: Callable[[list[bytes], float], object] = lambda _chunks, _seconds: None
         self.gpu_usage = gpu_usage
         self._config = config
         self._size = config.chunk_size
@@ -142,7 +145,7 @@ class Planner:
         """The engine got a request."""
         with self.lock:
             state = self._state(request)
-            if self.lower:
+            if self.lower and not state.controls.skip_load:
                 self.lower.bring(state, 0, ahead=True)
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
@@ -174,14 +177,18 @@ class Planner:
     def finished(self, request_id: str) -> None:
         """The engine is done with a request, or gave it up. A load that is still under way stays on record."""
         with self.lock:
-            self._requests.pop(request_id, None)
+            state = self._requests.pop(request_id, None)
             self.lower.forget(request_id)
+            if state is not None and state.controls.keep and state.eligible:
+                self.keep(state.extend(), state.controls.keep)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
     def plan_step(self, output: Any) -> StepPlan:
         """The plan of the step that a ``SchedulerOutput`` describes. O(requests in it)."""
         due = self._saves.due(output)
+        if due:
+            due = [pair for pair in due if self._may_be_saved(pair[0])]
         if not due and self._is_plain(output):
             self._step += 1
             self.publish_changes()
@@ -200,6 +207,13 @@ class Planner:
             plan.tiers = self.lower.plan_step() if self.lower else []
             self.publish_changes()
             return plan
+
+    @staticmethod
+    def _may_be_saved(state: RequestState) -> bool:
+        if state.controls.skip_save:
+            state.boundary = _NEVER
+            return False
+        return True
 
     def _is_plain(self, output: Any) -> bool:
         """Whether a step only decodes, within blocks and chunks that its requests have. Most steps do, so this comes
@@ -322,7 +336,7 @@ class Planner:
 
     def _loadable(self, state: RequestState, computed: int) -> int | None:
         state.skipped = 0
-        if not self._may_load or not state.eligible or state.barred:
+        if not self._may_load or not state.eligible or state.barred or state.controls.skip_load:
             return 0
         if getattr(state.request, "skip_reading_prefix_cache", False):
             return 0

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from kv_protocol.hashing import Media, chunk_hashes, root_hash
+from worker_connector.request_controls import controls_of
 
 Adapter = tuple[str, int]
 """What a LoRA adapter was loaded from: its path, and the engine's number for it."""
@@ -31,6 +32,7 @@ class RequestState:
         "boundary",
         "chunk_size",
         "chunks",
+        "controls",
         "eligible",
         "loaded",
         "local",
@@ -55,6 +57,7 @@ class RequestState:
         self.root = root_of(request, chunk_size, model) if self.eligible else b""
         self.media = media_of(request) if self.eligible else ()
         self.adapter = adapter_of(request)
+        self.controls = controls_of(request)
         self.local = 0
         self.offered = 0
         self.loaded = 0

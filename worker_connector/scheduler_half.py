@@ -4,6 +4,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +18,7 @@ from worker_connector.gpu_tier import GpuTier
 from worker_connector.ledger import CPU, GPU, Ledger
 from worker_connector.lookups import Lookups
 from worker_connector.operations import Operations
-from worker_connector.pins import Pins
+from worker_connector.pins import REQUESTS_SHARE, Pins
 from worker_connector.plan import StepPlan, WorkerReport
 from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
@@ -74,6 +75,7 @@ class SchedulerHalf:
         )
 
         self.pins = Pins(self.ledger)
+        self.planner.keep = partial(self.pins.pin, share=REQUESTS_SHARE, extend=True)
         self.operations = Operations(
             self.ledger, self.planner.lower, self.pins, totals=self._totals, lookups=lambda: self._lookups
         )

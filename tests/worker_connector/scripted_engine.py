@@ -37,6 +37,7 @@ class Request:
     mm_features: list[Any] = field(default_factory=list)
     prompt_embeds: Any = None
     skip_reading_prefix_cache: bool = False
+    kv_transfer_params: Any = None
     num_computed_tokens: int = 0
     outputs: list[int] = field(default_factory=list)
     status: str = "waiting"
