@@ -186,9 +186,9 @@ def _show_changes(console: Console, entries: list[dict[str, Any]]) -> None:
 def _state(told: dict[str, Any]) -> str:
     if not told:
         return "-"
-    state = (
-        "serves" if told.get("serving", True) else str(told.get("writing") or told.get("breaker") or "does not serve")
-    )
+    state = "serves" if told.get("serving", True) else f"does not serve: {told.get('breaker', 'unavailable')}"
+    if told.get("writing"):
+        state = f"takes nothing: {told['writing']}"
     return state if told.get("scanned", True) else f"{state}, not listed yet"
 
 

@@ -87,13 +87,14 @@ def explain(
     url: Annotated[str, typer.Option(help="the gateway")] = "http://127.0.0.1:8080",
     token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateway")] = "",
     endpoint: Annotated[str, typer.Option(help="chat or completions, where the body leaves it open")] = "",
+    live: Annotated[bool, typer.Option("--live", help="ask the workers where the missing chunk is now")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say which worker a request goes to and why, and where its hit ends and why."""
     from router import explain_command  # noqa: PLC0415 - keeps the other commands quick
 
     try:
-        status = explain_command.run(request, url=url, token=token, endpoint=endpoint, as_json=as_json)
+        status = explain_command.run(request, url=url, token=token, endpoint=endpoint, as_json=as_json, live=live)
     except explain_command.ExplainError as error:
         _quit(str(error))
     raise typer.Exit(status)

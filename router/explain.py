@@ -4,11 +4,13 @@ A hit ends at the first chunk the worker does not hold. What became of that chun
 lately, from the index, and from earlier requests that lacked the same chunk.
 """
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
 from kv_protocol.hashing import root_hash
 from router.errors import NotFound
+from router.explain_live import look
 from router.workers import Worker
 
 if TYPE_CHECKING:
@@ -16,15 +18,23 @@ if TYPE_CHECKING:
     from router.choosing import Namespace, Plan, Routed
 
 
-async def explain_body(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> list[dict[str, Any]]:
-    """For each worker that could take a request: where its hit would end, and why."""
+async def explain_body(
+    gateway: "Gateway", plan: "Plan", routed: "Routed | None", *, live: bool = False
+) -> list[dict[str, Any]]:
+    """For each worker that could take a request: where its hit would end, and why. With ``live``, each
+    worker is asked itself where the first missing chunk is now."""
     if routed is None:
         return []
     recent = await gateway.control.requests(gateway.settings.recent_requests)
-    return [_end_of(gateway, plan, item.worker, recent) for item in routed.candidates]
+    ends = [_end_of(gateway, plan, item.worker, recent) for item in routed.candidates]
+    if live:
+        await asyncio.gather(
+            *(_ask(gateway, item.worker, end) for item, end in zip(routed.candidates, ends, strict=True))
+        )
+    return ends
 
 
-async def explain_id(gateway: "Gateway", request_id: str) -> dict[str, Any]:
+async def explain_id(gateway: "Gateway", request_id: str, *, live: bool = False) -> dict[str, Any]:
     """A request that was routed: its decision, and where its hit ended at its worker, and why.
 
     Raises:
@@ -38,7 +48,16 @@ async def explain_id(gateway: "Gateway", request_id: str) -> dict[str, Any]:
             param="id",
             code="request_not_found",
         )
-    return {"decision": decision, "end": _end_then(gateway, decision, recent)}
+    end = _end_then(gateway, decision, recent)
+    if live and (worker := gateway.registry.get(decision["worker"])) is not None:
+        await _ask(gateway, worker, end)
+    return {"decision": decision, "end": end}
+
+
+async def _ask(gateway: "Gateway", worker: Worker, end: dict[str, Any]) -> None:
+    if end.get("first_missing") and worker.spec.report_address is not None:
+        token = gateway.settings.report_token.get_secret_value()
+        end["live"] = await look(worker.spec.report_address, bytes.fromhex(end["first_missing"]), token)
 
 
 def _end_of(gateway: "Gateway", plan: "Plan", worker: Worker, recent: list[dict[str, Any]]) -> dict[str, Any]:
@@ -162,11 +181,32 @@ def _under_another_root(
         root = root_hash(chunk_size=size, model=model, lora=lora, cache_salt=plan.request.cache_salt)
         if gateway.index.lookup(prompt.chunks(root, size), [worker.name])[worker.name].total > held:
             return f"the same tokens are held for {lora or plan.pool.base!r}: caches of adapters are never shared"
+    for other in sorted({known for peer in gateway.registry.workers if (known := peer.namespace)} - {namespace}):
+        if why := _under_another_name(gateway, plan, other, namespace):
+            return why
     if plan.request.cache_salt:
         root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt="")
         if gateway.index.lookup(prompt.chunks(root, size), [worker.name])[worker.name].total > held:
             return "the same tokens are held without this cache_salt: caches of different salts are never shared"
     return None
+
+
+def _under_another_name(gateway: "Gateway", plan: "Plan", other: "Namespace", namespace: "Namespace") -> str | None:
+    """Whether the same tokens are held by a worker whose chunks have other names: of another model, or another size."""
+    root = root_hash(chunk_size=other[1], model=other[0], lora=plan.pool.lora, cache_salt=plan.request.cache_salt)
+    chunks = plan.tokenized.prompts[0].chunks(root, other[1])
+    peers = [peer.name for peer in gateway.registry.workers if peer.namespace == other]
+    held = gateway.index.lookup(chunks, peers)
+    holders = [name for name in peers if held[name].total]
+    if not holders:
+        return None
+    names = ", ".join(holders)
+    if other[0] == namespace[0]:
+        return f"the same tokens are held by {names} in chunks of {other[1]}, not {namespace[1]}: chunk_size differs"
+    return (
+        f"the same tokens are held by {names} for model {other[0]!r}, not {namespace[0]!r}: if the weights are the same, "
+        "give both workers one model_name"
+    )
 
 
 def _complete(plan: "Plan", namespace: "Namespace") -> str:

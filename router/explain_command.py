@@ -19,14 +19,19 @@ class ExplainError(RouterError):
     """The gateway could not be asked, or refused; the text says what to do."""
 
 
-def run(what: str, *, url: str, token: str, endpoint: str, as_json: bool) -> int:
+def run(what: str, *, url: str, token: str, endpoint: str, as_json: bool, live: bool = False) -> int:
     """Explain a file with a request body, ``-`` for standard input, or else the id of a request; the exit status.
 
     Raises:
         ExplainError: as above.
     """
     body = _body(what)
-    answer = _post(url, token, endpoint, body) if body is not None else _ask(url, token, "GET", params={"id": what})
+    params = {"live": "true"} if live else {}
+    if body is not None:
+        params |= {"endpoint": endpoint} if endpoint else {}
+        answer = _ask(url, token, "POST", params=params, content=body)
+    else:
+        answer = _ask(url, token, "GET", params=params | {"id": what})
     if as_json:
         print(json.dumps(answer, indent=2))  # noqa: T201 - the command's output
     elif body is not None:
@@ -43,10 +48,6 @@ def _body(what: str) -> bytes | None:
         return Path(what).read_bytes() if Path(what).is_file() else None
     except OSError as error:
         raise ExplainError(f"cannot read {what}: {error}") from error
-
-
-def _post(url: str, token: str, endpoint: str, body: bytes) -> Any:
-    return _ask(url, token, "POST", params={"endpoint": endpoint} if endpoint else {}, content=body)
 
 
 def _ask(url: str, token: str, method: str, **arguments: Any) -> Any:
@@ -118,4 +119,5 @@ def _show_decision(console: Console, answer: Any) -> None:
 
 def _end(end: Any) -> str:
     place = f"after {end['held_chunks']} of {end['chunks']} chunks: " if end.get("chunks") else ""
-    return f"{place}{end['why']}"
+    live = end.get("live")
+    return f"{place}{end['why']}" + (f"\nnow: {live['why']}" if live else "")

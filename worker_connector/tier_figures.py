@@ -15,7 +15,7 @@ from worker_connector.tiers.replicas import Replicas
 
 
 def figures_of(store: Store) -> dict[str, Any]:
-    """A store's name, whether it serves this process, and its figures as plain data."""
+    """A store's name, whether it answers this process, and its figures as plain data."""
     if isinstance(store, Replicas):
         members = [figures_of(member) for member in store.members]
         serving = any(member["serving"] for member in members)
@@ -29,6 +29,10 @@ def figures_of(store: Store) -> dict[str, Any]:
             "late": store.late,
             "hung": store.hung,
             "operations": {name: asdict(tally) for name, tally in store.tallies().items()},
+            **_figures_of_disk(store.store),
         }
-    figures = asdict(store.figures()) if isinstance(store, DiskStore) else {}
-    return {"store": store.name, "serving": not figures.get("writing"), **figures}
+    return {"store": store.name, "serving": True, **_figures_of_disk(store)}
+
+
+def _figures_of_disk(store: Store) -> dict[str, Any]:
+    return asdict(store.figures()) if isinstance(store, DiskStore) else {}

@@ -143,14 +143,14 @@ def _add_inspection(router: APIRouter, gateway: "Gateway") -> None:
         return explanation(gateway, plan, routed)
 
     @router.get("/explain")
-    async def explain_request(id: str) -> Any:  # noqa: A002 - the name in the URL
-        return await explain_id(gateway, id)
+    async def explain_request(id: str, *, live: bool = False) -> Any:  # noqa: A002 - the name in the URL
+        return await explain_id(gateway, id, live=live)
 
     @router.post("/explain")
-    async def explain_body_of(request: Request, endpoint: PromptKind | None = None) -> Any:
+    async def explain_body_of(request: Request, endpoint: PromptKind | None = None, *, live: bool = False) -> Any:
         raw = await request.body()
         plan, routed = await gateway.pipeline.explain(endpoint or kind_of(raw), raw)
-        return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed)}
+        return explanation(gateway, plan, routed) | {"ends": await explain_body(gateway, plan, routed, live=live)}
 
     @router.get("/requests")
     async def requests(

@@ -224,7 +224,7 @@ def answer_as_a_worker(call: Call) -> Reply:
     """What a worker with a disk says."""
     if call.operation == "stats":
         counts = {"capacity_chunks": {"cpu": 100, "disk": 9000}, "failed_saves": {"disk": 3}}
-        disk = {"bandwidth": 2.5e9, "serving": False, "writing": "full", "scanned": False}
+        disk = {"bandwidth": 2.5e9, "serving": True, "writing": "full", "scanned": False}
         held = {"gpu": 1, "cpu": 20, "disk": 3000}
         return Reply(call.id, {"counts": counts, "held_chunks": held, "tiers": {"disk": disk}})
     if call.operation == "pins":
@@ -262,7 +262,7 @@ def test_simulated_the_command_asks_a_gateway_or_a_worker(tmp_path: Path) -> Non
             assert f"{chunks}" in await command("lookup", str(file), "--at", "b", *at_gateway)
             assert "│ cpu  │    20 │" in (await command("stats", *at_worker)).replace("┃", "│")
             told = await command("stats", *at_gateway)
-            assert all(text in told for text in ("3,000", "9,000", "2,500", "full, not listed yet"))
+            assert all(text in told for text in ("3,000", "9,000", "2,500", "takes nothing: full, not listed yet"))
             told = await command("pins", *at_worker)
             assert all(text in told for text in ("ab" * 16, "61 s", "never", "not yet"))
             told = await command("clear", "--all", "--tier", "disk", *at_gateway)
