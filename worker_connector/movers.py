@@ -36,6 +36,8 @@ START_SECONDS = 60.0
 
 _SETTLE_SECONDS = 5.0
 
+_PORTIONS_AHEAD = 2
+
 
 class Stream:
     """Order between the engine's work on the cache and copies of it. This one is for a cache in host memory, where the
@@ -50,6 +52,10 @@ class Stream:
 
     def begin(self, after: Any) -> None:
         """Order the copies that follow, on this thread, after a mark."""
+
+    def pace(self) -> None:
+        """Called between the portions of a transfer: return when few enough of them are under way, so that one that is
+        late can still be ended, and the driver's queue never fills up and stalls whoever launches next."""
 
     def finish(self) -> None:
         """Return when this thread's copies are done."""
@@ -66,6 +72,7 @@ class CudaStream(Stream):
         self._device = device
         self._stream: Any = torch.cuda.Stream(device, priority=-1)
         self.handle = int(self._stream.cuda_stream)
+        self._portions: deque[Any] = deque()
 
     def mark(self) -> Any:
         event = torch.cuda.Event()
@@ -77,10 +84,20 @@ class CudaStream(Stream):
         torch.cuda.set_stream(self._stream)
         self._stream.wait_event(after)
 
+    def pace(self) -> None:
+        self._portions.append(self._end())
+        if len(self._portions) > _PORTIONS_AHEAD:
+            self._portions.popleft().synchronize()
+
     def finish(self) -> None:
-        done = torch.cuda.Event(blocking=True)
-        done.record(self._stream)
-        done.synchronize()
+        self._portions.clear()
+        self._end().synchronize()
+
+    def _end(self) -> Any:
+        """The end of what the stream has now; waiting for it sleeps."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
 
 
 def stream_for(device: torch.device) -> Stream:
@@ -308,6 +325,7 @@ class Transfers:
                     receipts += self._copier.to_cache(batch, stream.handle)
                 except Exception as error:  # noqa: BLE001 - whatever its cause, some slots may be innocent of it
                     bad |= self._blame(batch, error, stream, receipts)
+                stream.pace()
         damaged = self._copier.damaged(receipts)
         if damaged:
             _log.error("The bytes of %d slots are not those that were saved; their tokens are computed", len(damaged))
@@ -316,6 +334,8 @@ class Transfers:
     def _blame(self, batch: Sequence[Span], error: Exception, stream: Stream, receipts: list[Receipt]) -> set[int]:
         """The slots of spans that fail on their own, after a batch of them failed. The others are copied."""
         failed: set[int] = set()
+        # What the failed call had enqueued may still write checksums to memory that goes with it.
+        stream.finish()
         for span in batch:
             try:
                 receipts += self._copier.to_cache([span], stream.handle)
@@ -363,6 +383,7 @@ class Transfers:
                 if self._saver.stopped or save.job.job in self._given_up:
                     raise _Abandoned
                 receipts += self._copier.to_slab(batch, stream.handle)
+                stream.pace()
         self._copier.record(receipts)
 
 
