@@ -2,13 +2,14 @@
 node in its ABI documentation). Everything is -1 or unchanged where it cannot be found out."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _NODES = Path("/sys/devices/system/node")
 _PCI = Path("/sys/bus/pci/devices")
+_STATUS = Path("/proc/self/status")
 
 ANY_NODE = -1
 
@@ -17,7 +18,7 @@ def node_of_gpu(properties: Any) -> int:
     """The NUMA node that a GPU hangs on, from torch's device properties."""
     with suppress(OSError, ValueError, AttributeError):
         address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-        return _existing(int((_PCI / address / "numa_node").read_text(encoding="ascii")))
+        return _usable(int((_PCI / address / "numa_node").read_text(encoding="ascii")), _nodes())
     return ANY_NODE
 
 
@@ -27,7 +28,7 @@ def node_of_cpus(cpus: Iterable[int]) -> int:
     wanted = frozenset(cpus)
     if len(nodes) < 2:
         return ANY_NODE
-    return next((node for node, members in nodes.items() if wanted and wanted <= members), ANY_NODE)
+    return _usable(next((node for node, members in nodes.items() if wanted and wanted <= members), ANY_NODE), nodes)
 
 
 def roam(*, on_host: bool) -> None:
@@ -43,8 +44,17 @@ def roam(*, on_host: bool) -> None:
         os.sched_setaffinity(0, own | (allowed & frozenset().union(*near) if near else allowed))
 
 
-def _existing(node: int) -> int:
-    return node if len(nodes := _nodes()) > 1 and node in nodes else ANY_NODE
+def _usable(node: int, nodes: Collection[int]) -> int:
+    return node if len(nodes) > 1 and node in nodes and _allowed(node) else ANY_NODE
+
+
+def _allowed(node: int) -> bool:
+    """Whether this process may have memory there: a container (cpuset.mems) may be kept from the GPU's node."""
+    with suppress(OSError, ValueError):
+        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Mems_allowed_list:"):
+                return node in _parse(line.partition(":")[2])
+    return True
 
 
 def _nodes() -> dict[int, frozenset[int]]:

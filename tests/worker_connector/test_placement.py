@@ -18,6 +18,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "cpulist").write_text(cpus + "\n")
     monkeypatch.setattr(placement, "_NODES", tmp_path / "node")
     monkeypatch.setattr(placement, "_PCI", tmp_path / "pci")
+    (tmp_path / "status").write_text("Name:\tx\nMems_allowed:\t3\nMems_allowed_list:\t0-1\n")
+    monkeypatch.setattr(placement, "_STATUS", tmp_path / "status")
     return tmp_path
 
 
@@ -36,6 +38,20 @@ def test_a_gpu_has_the_node_that_its_bus_tells(machine: Path, told: str | None, 
     if told is not None:
         (device / "numa_node").write_text(told)
     assert node_of_gpu(SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)) == node
+
+
+@pytest.mark.parametrize(("status", "node"), [("Mems_allowed_list:\t0\n", -1), ("Name:\tx\n", 1), (None, 1)])
+def test_memory_of_a_node_that_a_container_may_not_use_is_not_asked_for(
+    machine: Path, status: str | None, node: int
+) -> None:
+    (machine / "status").unlink()
+    if status is not None:
+        (machine / "status").write_text(status)
+    device = machine / "pci" / "0000:c1:00.0"
+    device.mkdir(parents=True)
+    (device / "numa_node").write_text("1")
+    assert node_of_gpu(SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)) == node
+    assert node_of_cpus({4, 5}) == node
 
 
 def test_a_gpu_that_does_not_tell_its_address_has_no_node(machine: Path) -> None:
