@@ -23,6 +23,7 @@ LAYERS, BLOCKS, PER_CHUNK, SLOTS = 6, 192, 8, 12
 PAGES = {"small pages": 4096, "large pages": 65536}
 DEADLINE = 30.0
 FIRST, SECOND = 0x5851F42D4C957F2D, 0x14057B7EF767814F
+LATE_CYCLES = 300_000  # of the GPU's clock: some tenths of a millisecond
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Cycles:
         self.wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         self.forward = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.weight = torch.rand(1024, 1024, device=self.device) if self.forward else None
+        if self.forward is not None:
+            torch.cuda.synchronize()  # all of this was made on another stream than it is used on
         self.free = set(range(BLOCKS))
         self.saves: dict[int, Held] = {}
         self.loads: dict[str, Held] = {}
@@ -65,15 +68,22 @@ class Cycles:
         return self.pattern ^ (chunk * SECOND % (1 << 62))
 
     def compute(self) -> None:
-        """What makes the forward late, so that nobody is right by luck."""
+        """What makes the forward late, so that nobody is right by luck. It takes longer than a mover needs to wake up."""
         if self.weight is not None:
-            for _ in range(self.random.randrange(4)):
-                torch.mm(self.weight, self.weight)
+            torch.cuda._sleep(1 + self.random.randrange(4) * LATE_CYCLES)  # noqa: SLF001 - nothing else is so even
+            torch.mm(self.weight, self.weight)
+
+    def index(self, blocks: list[int]) -> Any:
+        """Block ids to index with. On a GPU, a list would be copied there at once: the host would wait for the forward, and
+        the forward would never be late."""
+        if self.forward is None:
+            return blocks
+        return torch.tensor(blocks, pin_memory=True).to(self.device, non_blocking=True)
 
     def overwrite(self, blocks: list[int]) -> None:
         """Another request's tokens."""
         self.serial += 1
-        self.pages[:, blocks] = self.serial * SECOND % (1 << 62)
+        self.pages[:, self.index(blocks)] = self.serial * SECOND % (1 << 62)
 
     def take(self, count: int) -> list[int]:
         taken = self.random.sample(sorted(self.free), count)
@@ -92,7 +102,7 @@ class Cycles:
         self.serial += 1
         held = Held(self.serial, slots[0], self.take(PER_CHUNK))
         self.compute()
-        self.pages[:, held.blocks] = self.content(held.chunk)
+        self.pages[:, self.index(held.blocks)] = self.content(held.chunk)
         self.saves[held.chunk] = held
         self.transfers.save(SaveJob(held.chunk, [Span(held.slot, 0, 0, held.blocks)]))
 
@@ -128,7 +138,7 @@ class Cycles:
         assert not failed
         for request in sorted(finished):
             held = self.loads.pop(request)
-            self.wrong += (self.pages[:, held.blocks] != self.content(held.chunk)).sum()
+            self.wrong += (self.pages[:, self.index(held.blocks)] != self.content(held.chunk)).sum()
             self.loaded += 1
             self.give_back(held.blocks)
         report = self.transfers.take_report()
