@@ -116,14 +116,16 @@ def measure(
         (size, each) for size in PAGES for each in views(cache.address, cache.size, size)
     ]:
         needed = MOVED // (page * view.layer_count)
-        spans = [native.Span(packed.address, MOVED, needed, 0, needed)]
         pairs: dict[str, list[tuple[Clocks, Clocks]]] = {"gather": [], "scatter": []}
         for _ in range(rounds):
             blocks = random.permutation(count)[:needed].astype(np.int32)
             source = cache.address + int(random.integers(0, (cache.size - MOVED) >> 21)) * (2 << 20)
+            # As in a slab, where each save goes to another slot: what is written to was not used lately.
+            first, second = (packed.address + int(place) * MOVED for place in random.permutation(SPREAD)[:2])
+            spans = [native.Span(second, MOVED, needed, 0, needed)]
             for name, move, ends in (
-                ("gather", context.gather, (packed.address, source)),
-                ("scatter", context.scatter, (source, packed.address)),
+                ("gather", context.gather, (first, source)),
+                ("scatter", context.scatter, (source, first)),
             ):
                 base = timed(lambda ends=ends: memcpy.copy(*ends, MOVED))  # type: ignore[misc]
                 taken = timed(lambda move=move, view=view, blocks=blocks, spans=spans: move(view, blocks, spans))  # type: ignore[misc]
@@ -175,7 +177,7 @@ def main() -> None:
     extra: dict[str, object] = {}
     for threads in options.threads:
         with native.Context("cpu", threads=threads) as context:
-            cache, packed = context.allocate(MOVED * SPREAD), context.allocate(MOVED)
+            cache, packed = context.allocate(MOVED * SPREAD), context.allocate(MOVED * SPREAD)
             np.frombuffer(cache.view(), np.uint8)[:] = 7
             np.frombuffer(packed.view(), np.uint8)[:] = 9
             for row in measure(context, cache, packed, threads, options.rounds):

@@ -246,10 +246,9 @@ int64_t slices_of(const MoveCall &call, int64_t page_bytes) {
     return can && page_bytes > PIECE && takes_everything(call) ? (page_bytes + PIECE - 1) / PIECE : 1;
 }
 
-// Scatter alone gains by it, and what is rotated afterwards must stay in the caches until then.
-bool streams(const MoveCall &call, int64_t bytes) {
-    return call.load && bytes >= STREAMED && call.rotation == nullptr;
-}
+// What is written was not used lately, in a slot as in a block, and will not be used soon. What is rotated afterwards must
+// stay in the caches until then.
+bool streams(const MoveCall &call, int64_t bytes) { return bytes >= STREAMED && call.rotation == nullptr; }
 
 // Items per piece of work, so that pieces have about PIECE bytes.
 int64_t items_per_piece(int64_t item_bytes) { return item_bytes >= PIECE ? 1 : PIECE / item_bytes; }
