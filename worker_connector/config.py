@@ -18,6 +18,7 @@ from worker_connector.config_names import ABSENT, ALIASES, DEFAULT_CPU_RATIO, SE
 from worker_connector.config_values import (
     boolean,
     choice,
+    codec,
     copy_threads,
     fraction,
     non_negative,
@@ -39,9 +40,6 @@ STAGING_BYTES = 256 << 20
 
 DEFAULT_DISK_PATH = "~/.cache/warmroute/chunks"
 """Where the disk tier is that is switched on without a place."""
-
-OBJECT_CODECS = ("raw", "zstd", "lz4")
-"""How chunks may be kept in lower tiers."""
 
 _PREFIXES = ("warmroute.", "lmcache.")
 _LMCACHE_PROCESS_NAMES = frozenset({"config_file", "log_level", "use_experimental", "force_skip_save", "track_usage"})
@@ -82,6 +80,7 @@ class ConnectorConfig:
     replicas: int = 1
     remote_codec: str = "raw"
     remote_timeout: float = 2.0
+    accept_lossy: bool = False
     lookup_timeout: float = 0.2
     write_policy: str = "through"
     write_admission: str = "always"
@@ -162,14 +161,15 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "disk_path": optional_text,
     "disk_bytes": size,
     "disk_eviction_policy": choice(*POLICIES),
-    "disk_codec": choice(*OBJECT_CODECS),
+    "disk_codec": codec,
     "disk_timeout": seconds,
     "disk_fsync": boolean,
     "enable_remote": boolean,
     "remote_url": urls,
     "replicas": positive,
-    "remote_codec": choice(*OBJECT_CODECS),
+    "remote_codec": codec,
     "remote_timeout": seconds,
+    "accept_lossy": boolean,
     "lookup_timeout": short_seconds,
     "write_policy": choice("through", "back"),
     "write_admission": choice("always", "second-touch"),

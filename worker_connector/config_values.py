@@ -116,6 +116,13 @@ def choice(*allowed: str) -> Callable[[Any], str]:
     return read
 
 
+def codec(value: Any) -> str:
+    """The name of how chunks are kept in a lower tier: an encoding, a compression, or both joined by ``+``."""
+    from worker_connector.chunk_object import Codec  # noqa: PLC0415 - this module is read where there is no NumPy too
+
+    return str(Codec.parse(str(value).strip()))
+
+
 def _integer(value: Any, least: int, most: int) -> int:
     amount = _number(value, "a whole number")
     if amount != int(amount) or not least <= amount <= most:

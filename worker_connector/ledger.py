@@ -19,7 +19,7 @@ free when the last of them ends, so bytes never change under a transfer.
 
 import threading
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from enum import Enum
 
 from kv_protocol.digests import RunningDigest, SetDigest
@@ -30,6 +30,9 @@ Change = Stored | Removed | Cleared
 
 GPU = "gpu"
 CPU = "cpu"
+MOST_APPROXIMATE = 1 << 16
+"""Chunks that are remembered as not exact beyond those that are held: more than pass through an engine's cache before their
+last block is evicted from it."""
 
 
 class SlotState(Enum):
@@ -42,12 +45,14 @@ class Slot:
 
     ``missing`` tells, for each KV-cache group, how many of the chunk's first blocks the slot does not hold: a sliding
     window may have passed them before the chunk was full. A ``hidden`` slot is no chunk to anybody outside: it holds
-    the beginning of one. A ``confined`` chunk is not for lower tiers.
+    the beginning of one. A ``confined`` chunk is not for lower tiers; an ``approximate`` one was decoded from a lossy copy, or
+    computed on top of one, and is not for tiers that keep exact copies.
     """
 
-    __slots__ = ("chunk", "confined", "forgotten", "hidden", "index", "kept", "missing", "pins", "state")
+    __slots__ = ("approximate", "chunk", "confined", "forgotten", "hidden", "index", "kept", "missing", "pins", "state")
 
     def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool, confined: bool) -> None:
+        self.approximate = False
         self.chunk = chunk
         self.hidden = hidden
         self.confined = confined
@@ -79,6 +84,7 @@ class Ledger:
         self._free: list[int] = []
         self._ready = 0
         self._lower: dict[str, dict[bytes, None]] = {}
+        self._approximate: dict[bytes, None] = {}
         self._digests = {GPU: RunningDigest(), CPU: RunningDigest()}
         self._changes: list[tuple[type[Change], str, list[bytes]]] = []
 
@@ -104,6 +110,7 @@ class Ledger:
         *,
         hidden: bool = False,
         confined: bool = False,
+        approximate: bool = False,
     ) -> Slot | None:
         """A slot to save ``chunk`` into, evicting another chunk if none is free; None when every slot is in use, the
         next victim is in ``spare``, or the chunk has a slot already. O(1)."""
@@ -115,6 +122,7 @@ class Ledger:
             if not self._free:
                 return None
             slot = Slot(chunk, self._free.pop(), missing, hidden=hidden, confined=confined)
+            slot.approximate = approximate
             self._slots[chunk] = slot
             return slot
 
@@ -122,6 +130,8 @@ class Ledger:
         """The save of ``slot`` is complete in every rank: its chunk becomes visible. O(1)."""
         with self.lock:
             slot.state = SlotState.READY
+            if slot.approximate:
+                self.mark_approximate((slot.chunk,))
             if slot.forgotten:
                 self._free_if_unused(slot)
                 return
@@ -254,6 +264,40 @@ class Ledger:
             self._gpu.clear()
             self._digests[GPU].clear()
             self._changes.append((Cleared, GPU, []))
+            self._approximate = dict.fromkeys(self._approximate_slots())
+
+    # ---- approximate chunks -------------------------------------------------------------------------------------
+
+    @property
+    def has_approximate(self) -> bool:
+        """Whether this engine may have KV that is not exact."""
+        return bool(self._approximate)
+
+    def mark_approximate(self, chunks: Iterable[bytes]) -> None:
+        """KV of these chunks, in the engine's cache or in a slot, is not exact. What is computed behind them is not either,
+        so this is remembered by chunk and outlasts the slot: parts of a chunk may stay in the engine's cache unseen."""
+        with self.lock:
+            for chunk in chunks:
+                self._approximate.pop(chunk, None)
+                self._approximate[chunk] = None
+            if len(self._approximate) > 2 * MOST_APPROXIMATE:
+                self._forget_approximate()
+
+    def first_approximate(self, chunks: Sequence[bytes]) -> int:
+        """The position of the first of these chunks whose KV may not be exact; their number if there is none."""
+        known = self._approximate
+        return next((at for at, chunk in enumerate(chunks) if chunk in known), len(chunks)) if known else len(chunks)
+
+    def _approximate_slots(self) -> list[bytes]:
+        return [slot.chunk for slot in self._slots.values() if slot.approximate]
+
+    def _forget_approximate(self) -> None:
+        """Keep what is held, and of the rest what was marked last."""
+        held = self._gpu | set(self._approximate_slots())
+        spare = len(self._approximate) - MOST_APPROXIMATE
+        oldest = [chunk for chunk in self._approximate if chunk not in held][:spare]
+        for chunk in oldest:
+            del self._approximate[chunk]
 
     # ---- lower tiers --------------------------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ Writes = Literal["through", "back", "none"]
 @dataclass(frozen=True, kw_only=True)
 class TierRules:
     """How one lower tier is used. ``deadline`` bounds one fetch in seconds, ``most`` the chunks kept on record;
-    ``second_touch`` writes only what was used again after it came in; ``listed``: all of it is put on record."""
+    ``second_touch`` writes only what was used again after it came in; ``listed``: all of it is put on record; ``lossy``: it keeps
+    no exact copies, so chunks that are not exact may be written there, and nowhere else."""
 
     name: str
     deadline: float = 2.0
@@ -57,6 +58,7 @@ class TierRules:
     second_touch: bool = False
     most: int = 2_000_000
     listed: bool = True
+    lossy: bool = False
 
 
 class Question(Protocol):
@@ -303,8 +305,14 @@ class LowerTiers:
                     self._remember(name, slot)
 
     def _remember(self, tier: str, slot: Slot) -> None:
+        if self._is_too_exact(tier, slot):
+            return
         if tier not in self._ledger.below(slot.chunk) and slot.chunk not in self._writing[tier]:
             self._unwritten[tier][slot.chunk] = slot
+
+    def _is_too_exact(self, tier: str, slot: Slot) -> bool:
+        """Whether a chunk would be taken for an exact copy there, and is none."""
+        return slot.approximate and not self._tiers[tier].lossy
 
     def _may_write(self, tier: str) -> bool:
         if not self._unwritten[tier] or self._paused.get(tier, 0.0) > self._clock():
@@ -390,7 +398,7 @@ class LowerTiers:
         leaving = 0
         for chunk in chunks if self._may_save else ():
             slot = self._ledger.lookup(chunk)
-            if slot is None or slot.hidden or slot.confined or slot.kept:
+            if slot is None or slot.hidden or slot.confined or slot.kept or self._is_too_exact(tier, slot):
                 continue
             leaving += 1
             if tier in self._ledger.below(chunk):
@@ -453,6 +461,7 @@ class LowerTiers:
                 del self._fetching[slot.chunk]
             if (cause := result.failed.get(slot.chunk)) is None:
                 slot.missing = result.missing.get(slot.chunk, self._whole)
+                slot.approximate = slot.chunk in result.lossy
                 self._ledger.commit(slot)
                 continue
             self._ledger.abandon(slot)
@@ -471,6 +480,8 @@ class LowerTiers:
         self._ledger.stored(job.tier, written, self._tiers[job.tier].most)
         for slot in ended.slots:
             self._leave(job.tier, slot)
+        if result.incompressible:
+            self._stats.add("incompressible_chunks", result.incompressible, job.tier)
         self._stats.saved(job.tier, len(written), result.nbytes * self._ranks, result.seconds)
 
     def _leave(self, tier: str, slot: Slot) -> None:

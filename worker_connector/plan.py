@@ -67,11 +67,14 @@ class TierJob:
 @dataclass(slots=True)
 class TierResult:
     """What became of a ``TierJob`` on so many ranks. ``failed`` tells why, by chunk, in one word; ``missing`` what fetched
-    chunks turned out to lack; ``nbytes`` and ``seconds`` are those of the slowest rank."""
+    chunks turned out to lack, ``lossy`` which of them are no exact copies; ``incompressible`` counts chunks that were written
+    raw for that reason; ``nbytes`` and ``seconds`` are those of the slowest rank."""
 
     ranks: int = 1
     failed: dict[bytes, str] = field(default_factory=dict)
     missing: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    lossy: set[bytes] = field(default_factory=set)
+    incompressible: int = 0
     nbytes: int = 0
     seconds: float = 0.0
 
@@ -82,6 +85,8 @@ class TierResult:
         for chunk, lacking in other.missing.items():
             mine = self.missing.get(chunk, lacking)
             self.missing[chunk] = tuple(map(max, mine, lacking))
+        self.lossy |= other.lossy
+        self.incompressible += other.incompressible
         self.nbytes = max(self.nbytes, other.nbytes)
         self.seconds = max(self.seconds, other.seconds)
 

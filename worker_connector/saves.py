@@ -131,16 +131,38 @@ class Saves:
         tables = blocks.get_block_ids(state.request.request_id) if (wanted or tail) and blocks is not None else None
         if tables is None:
             return
-        own, confined = frozenset(chunks), state.adapter is not None
-        saved = [at for at in wanted if self._save_chunk(save, at, chunks[at], tables, own, confined=confined)]
+        own, confined, exact = frozenset(chunks), state.adapter is not None, self._exact_chunks(state, chunks)
+        saved = [
+            at
+            for at in wanted
+            if self._save_chunk(save, at, chunks[at], tables, own, confined=confined, approximate=at >= exact)
+        ]
         if saved and saved[0] >= TAIL_CHUNKS:
             # The first chunk behind what was there may make a tail superfluous.
             for superfluous in state.tails(saved[0], self.unit):
                 self._ledger.forget(superfluous)
-        if tail and self._save_chunk(save, len(chunks), tail, tables, own, tail_tokens=self._tail_tokens(state)):
+        tokens, spoilt = self._tail_tokens(state), len(chunks) >= exact
+        if tail and self._save_chunk(save, len(chunks), tail, tables, own, tail_tokens=tokens, approximate=spoilt):
             saved.append(len(chunks))
         if saved:
             save.heads.append(chunks[: saved[0]])
+
+    def _exact_chunks(self, state: RequestState, chunks: Sequence[bytes]) -> int:
+        """How many of a request's chunks, and of the tail behind them, were computed from exact KV only: those before the
+        first that a lossy copy went into, by itself or through what it was computed from."""
+        ledger = self._ledger
+        if not ledger.has_approximate:
+            return len(chunks) + 1
+        exact = ledger.first_approximate(chunks)
+        exact += exact == len(chunks)
+        offered = ledger.first_approximate(state.wanted)
+        if offered < len(state.wanted):
+            exact = min(exact, state.local // self._size + offered)
+        if state.local % self._size:
+            # The engine had the beginning of a chunk of its own, of which the name is not known.
+            exact = min(exact, state.local // self._size)
+        ledger.mark_approximate(chunks[exact:])
+        return exact
 
     def _tail_tokens(self, state: RequestState) -> int:
         left: int = state.request.num_prompt_tokens % self._size
@@ -169,6 +191,7 @@ class Saves:
         *,
         tail_tokens: int = 0,
         confined: bool = False,
+        approximate: bool = False,
     ) -> bool:
         parts = []
         for group in self._groups:
@@ -184,7 +207,9 @@ class Saves:
             if not is_fuller(lacking, held.missing):
                 return False
             self._ledger.forget(chunk)
-        slot = self._ledger.reserve(chunk, lacking, own, hidden=bool(tail_tokens), confined=confined)
+        slot = self._ledger.reserve(
+            chunk, lacking, own, hidden=bool(tail_tokens), confined=confined, approximate=approximate
+        )
         if slot is None:
             return False
         save.slots.append(slot)

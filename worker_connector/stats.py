@@ -36,6 +36,9 @@ FIGURES = (
     Figure("save_bytes", "Bytes of them.", by_tier=True),
     Figure("save_seconds", "Time that saves took, in seconds.", by_tier=True),
     Figure("failed_saves", "Chunks that a lower tier did not take.", by_tier=True),
+    Figure(
+        "incompressible_chunks", "Chunks written raw to a lower tier, because exp12 cannot hold them.", by_tier=True
+    ),
     Figure("missing_chunks", "Chunks that were no longer in a lower tier when they were fetched.", by_tier=True),
     Figure("lower_tier_timeouts", "Requests that waited for lower tiers as long as they may, and went on without."),
     Figure("evictions", "Chunks evicted to make room.", by_tier=True),

@@ -15,22 +15,39 @@ from typing import NamedTuple
 
 from worker_connector.chunk_object import (
     HEADER_BYTES,
+    Check,
     Codec,
     Expected,
     Header,
     ObjectKey,
+    Sealed,
     Section,
     open_object,
+    read_header,
     seal,
+    unpack,
+    verify,
 )
-from worker_connector.errors import BadObject, ConnectorError, StoreUnavailable
+from worker_connector.codecs import LOSSLESS
+from worker_connector.compression import Compression
+from worker_connector.errors import (
+    BadObject,
+    ConfigurationError,
+    ConnectorError,
+    Corrupt,
+    Incompressible,
+    StoreUnavailable,
+)
 from worker_connector.native import Encoding
 from worker_connector.plan import Piece, TierJob, TierResult
+from worker_connector.slot_codec import SlotCodec
 from worker_connector.tiers.base import Outcome, Sink, Source, Status, Store, pages
 from worker_connector.tiers.said import Said
 
 BATCH_PIECES = 16
-"""Objects per call of a store: so many headers, and compressed payloads, are in memory at once."""
+"""Objects per call of a store: so many headers are in memory at once."""
+MADE_BYTES = 64 << 20
+"""Payloads that are encoded or compressed ahead of a call of a store, unless that is less than four."""
 _DISCARD_SECONDS = 2.0
 _PAGE_SECONDS = 10.0
 
@@ -55,37 +72,65 @@ class Shape(NamedTuple):
         groups = sum(1 << section.group for section in self.sections)
         return ObjectKey(self.identity, chunk, self.rank, self.ranks, groups)
 
-    def wanted(self, chunk: bytes) -> Expected:
-        """What a fetched object has to be. Of sections that may lack blocks, all may be missing."""
+    def wanted(self, chunk: bytes, packed: Mapping[Encoding, int] | None = None) -> Expected:
+        """What a fetched object has to be; ``packed`` is the size of its packed form in each encoding other than raw that is
+        read. Of sections that may lack blocks, all may be missing."""
         most = [section.blocks if partly else 0 for section, partly in zip(self.sections, self.partial, strict=True)]
-        return self._expected(chunk, most)
+        return self._expected(chunk, most, packed)
 
-    def held(self, piece: Piece) -> Expected:
+    def held(self, piece: Piece, packed: Mapping[Encoding, int] | None = None) -> Expected:
         """What a slot holds."""
-        return self._expected(piece.chunk, piece.missing or [0] * len(self.sections))
+        return self._expected(piece.chunk, piece.missing or [0] * len(self.sections), packed)
 
-    def _expected(self, chunk: bytes, missing: Sequence[int]) -> Expected:
+    def _expected(self, chunk: bytes, missing: Sequence[int], packed: Mapping[Encoding, int] | None) -> Expected:
         sections = tuple(
             section._replace(missing=lacking) for section, lacking in zip(self.sections, missing, strict=True)
         )
-        sizes = {Encoding.RAW: self.payload_bytes}
+        sizes = {**(packed or {}), Encoding.RAW: self.payload_bytes}
         return Expected(self.key(chunk), self.layout, self.dtype, self.tokens, sections, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """One lower tier of this rank: its store, and how objects are written to it. ``ttl`` in seconds, 0 for ever."""
+    """One lower tier of this rank: its store, and how objects are written to it. ``ttl`` in seconds, 0 for ever.
+    ``takes_lossy``: also what others wrote there in a lossy encoding is read."""
 
     store: Store
     codec: Codec = field(default_factory=Codec)
+    takes_lossy: bool = False
     level: int = 1
     ttl: int = 0
 
 
 class TierMovers:
-    """``slots`` is the slab's memory, ``slot_bytes`` each. It must outlive this object."""
+    """``slots`` is the slab's memory, ``slot_bytes`` each; it must outlive this object. ``slot_codec`` has the encodings that
+    suit this engine, None where only raw chunks are read and written; it is closed with this object.
 
-    def __init__(self, tiers: Mapping[str, Tier], slots: memoryview, slot_bytes: int, shape: Shape) -> None:
+    Raises:
+        ConfigurationError: a tier's codec does not suit this engine.
+    """
+
+    def __init__(
+        self,
+        tiers: Mapping[str, Tier],
+        slots: memoryview,
+        slot_bytes: int,
+        shape: Shape,
+        slot_codec: SlotCodec | None = None,
+    ) -> None:
+        packed = slot_codec.packed_bytes if slot_codec is not None else {}
+        for name, tier in tiers.items():
+            if slot_codec is not None:
+                slot_codec.check(tier.codec.encoding, f"{name}_codec")
+            elif tier.codec.encoding is not Encoding.RAW:
+                raise ConfigurationError(f"{name}_codec is {tier.codec}, and nothing is known of what a slot holds")
+        self._codec = slot_codec
+        self._readable = {
+            name: {kind: size for kind, size in packed.items() if kind in LOSSLESS or tier.takes_lossy}
+            for name, tier in tiers.items()
+        }
+        self._unread: set[str] = set()
+        self._rooms: dict[tuple[str, int], bytearray] = {}
         self._tiers = dict(tiers)
         self._slots = slots
         self._slot_bytes = slot_bytes
@@ -145,6 +190,8 @@ class TierMovers:
             tier.store.close()
         for thread in self._threads.values():
             thread.shutdown(wait=True)
+        if self._codec is not None:
+            self._codec.close()
 
     # ---- on the tiers' threads ----------------------------------------------------------------------------------
 
@@ -173,21 +220,28 @@ class TierMovers:
             self._drop(tier.store, job.pieces, deadline)
             return
         move = self._fetch if job.kind == "fetch" else self._write
-        for start in range(0, len(job.pieces), BATCH_PIECES):
-            batch = job.pieces[start : start + BATCH_PIECES]
+        most = self._at_once(job.kind, tier)
+        for start in range(0, len(job.pieces), most):
+            batch = job.pieces[start : start + most]
             try:
-                move(tier, batch, deadline, result)
+                move(job.tier, batch, deadline, result)
             except StoreUnavailable as error:
                 _blame(result, job.pieces[start:], error.cause)
                 return
 
-    def _fetch(self, tier: Tier, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
+    def _at_once(self, kind: str, tier: Tier) -> int:
+        if kind == "fetch" or tier.codec == Codec():
+            return BATCH_PIECES
+        return min(BATCH_PIECES, max(4, MADE_BYTES // self._shape.payload_bytes))
+
+    def _fetch(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
+        store = self._tiers[name].store
         headers = [bytearray(HEADER_BYTES) for _ in pieces]
         rooms = [self._slot(piece.slot) for piece in pieces]
         keys = [str(self._shape.key(piece.chunk)) for piece in pieces]
         sinks = [Sink(header, room) for header, room in zip(headers, rooms, strict=True)]
         try:
-            outcomes = tier.store.get(keys, sinks, deadline)
+            outcomes = store.get(keys, sinks, deadline)
         finally:
             for sink in sinks:
                 sink.end()
@@ -197,23 +251,51 @@ class TierMovers:
                 result.failed[piece.chunk] = _cause(outcome)
                 continue
             try:
-                found = open_object(header, room, self._shape.wanted(piece.chunk), outcome.size)
+                found = self._open(name, piece.chunk, header, room, outcome.size)
             except BadObject as error:
-                result.failed[piece.chunk] = "bad"
-                bad[key] = str(error)
+                result.failed[piece.chunk] = self._fault(name, error)
+                if error.check is not Check.CODEC:
+                    bad[key] = str(error)
                 continue
-            result.nbytes += found.object_bytes
-            if any(lacking := _lacking(found)):
-                result.missing[piece.chunk] = lacking
+            _accept(result, piece.chunk, found)
         if bad:
-            self._discard(tier.store, bad)
+            self._discard(store, bad)
 
-    def _write(self, tier: Tier, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
-        size = self._shape.payload_bytes
-        sealed = [
-            seal(self._shape.held(piece), self._slot(piece.slot)[:size], tier.codec, ttl=tier.ttl, level=tier.level)
-            for piece in pieces
-        ]
+    def _open(self, name: str, chunk: bytes, block: bytearray, room: memoryview, size: int) -> Header:
+        """The header of an object that was read into ``block`` and ``room``, which is then its slot's raw content."""
+        wanted = self._shape.wanted(chunk, self._readable[name])
+        header = read_header(block)
+        if header.codec.encoding is Encoding.RAW or self._codec is None:
+            return open_object(block, room, wanted, size)
+        verify(header, wanted, size)
+        packed = unpack(header, room)
+        if header.codec.compression is Compression.NONE:
+            aside = self._room(f"{name} fetch", 0, header.packed_bytes)
+            aside[:] = packed
+            packed = aside
+        try:
+            self._codec.decode(packed, room, _lacking(header), header.codec.encoding)
+        except Corrupt as error:
+            raise BadObject(Check.DECODING, str(error)) from error
+        return header
+
+    def _fault(self, name: str, error: BadObject) -> str:
+        """A word for an object that is not used. One in a codec that is not read here is good for others."""
+        if error.check is not Check.CODEC:
+            return "bad"
+        if name not in self._unread:
+            self._unread.add(name)
+            _log.warning(
+                "Tier %s has objects that this engine does not read, and computes instead: %s. To take lossy ones from "
+                "an exact tier, set accept_lossy",
+                name,
+                error,
+            )
+        return "codec"
+
+    def _write(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
+        tier = self._tiers[name]
+        sealed = [self._seal(name, piece, number, result) for number, piece in enumerate(pieces)]
         sources = [Source(each.header, each.payload) for each in sealed]
         keys = [str(self._shape.key(piece.chunk)) for piece in pieces]
         try:
@@ -226,6 +308,28 @@ class TierMovers:
                 result.nbytes += each.size
             else:
                 result.failed[piece.chunk] = _cause(outcome)
+
+    def _seal(self, name: str, piece: Piece, number: int, result: TierResult) -> Sealed:
+        """The object of a slot, the ``number``-th of its call of the store."""
+        tier, slot = self._tiers[name], self._slot(piece.slot)
+        kind, compression = tier.codec
+        held, options = self._shape.held(piece), {"ttl": tier.ttl, "level": tier.level}
+        if kind is not Encoding.RAW and self._codec is not None:
+            held = self._shape.held(piece, self._codec.packed_bytes)
+            room = self._room(f"{name} write", number, self._codec.packed_bytes[kind])
+            try:
+                self._codec.encode(slot, piece.missing, kind, room)
+                return seal(held, room, tier.codec, **options)
+            except Incompressible:
+                result.incompressible += 1
+        return seal(held, slot[: self._shape.payload_bytes], Codec(Encoding.RAW, compression), **options)
+
+    def _room(self, use: str, number: int, size: int) -> memoryview:
+        """Memory of one thread that is used again: to touch so much for the first time costs more than to fill it."""
+        room = self._rooms.get((use, number))
+        if room is None or len(room) < size:
+            room = self._rooms[use, number] = bytearray(size)
+        return memoryview(room)[:size]
 
     def _drop(self, store: Store, pieces: Sequence[Piece], deadline: float) -> None:
         if pieces:
@@ -256,6 +360,14 @@ class TierMovers:
     def _slot(self, index: int) -> memoryview:
         start = index * self._slot_bytes
         return self._slots[start : start + self._slot_bytes]
+
+
+def _accept(result: TierResult, chunk: bytes, found: Header) -> None:
+    result.nbytes += found.object_bytes
+    if any(lacking := _lacking(found)):
+        result.missing[chunk] = lacking
+    if not found.codec.is_lossless:
+        result.lossy.add(chunk)
 
 
 def _blame(result: TierResult, pieces: Iterable[Piece], cause: str) -> None:

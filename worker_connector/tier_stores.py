@@ -1,12 +1,19 @@
 """The lower tiers that the settings ask for: their stores, for either half, and how each is used."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from worker_connector.chunk_object import HEADER_BYTES, Codec, read_header, unpack
 from worker_connector.compression import Compression
 from worker_connector.config import ConnectorConfig
-from worker_connector.errors import BadObject
+from worker_connector.errors import BadObject, ConfigurationError, UnsupportedCache
+from worker_connector.kv_geometry import describe_slot
 from worker_connector.lower import WRITE_SECONDS, TierRules
+from worker_connector.native_types import Encoding
+from worker_connector.regions import SlotLayout
+from worker_connector.slot_codec import SlotCodec
 from worker_connector.tier_movers import Tier
 from worker_connector.tiers.base import Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
@@ -16,10 +23,12 @@ from worker_connector.tiers.guarded import Guarded, Limits
 DISK = "disk"
 REMOTE = "remote"
 
+_log = logging.getLogger("vllm.warmroute.tiers")
+
 
 def rules_of(config: ConnectorConfig) -> list[TierRules]:
     """How the lower tiers are used, the fastest first."""
-    timeouts = {DISK: config.disk_timeout, REMOTE: config.remote_timeout}
+    timeouts, codecs = {DISK: config.disk_timeout, REMOTE: config.remote_timeout}, codecs_of(config)
     return [
         TierRules(
             name=name,
@@ -28,6 +37,7 @@ def rules_of(config: ConnectorConfig) -> list[TierRules]:
             second_touch=config.write_admission == "second-touch",
             most=2_000_000 if name == DISK else 200_000,
             listed=name == DISK or config.cache_warmup,
+            lossy=not codecs[name].is_lossless,
         )
         for name in names_of(config)
     ]
@@ -80,9 +90,61 @@ def open_remote(config: ConnectorConfig) -> Store:
 
 
 def tiers_of(config: ConnectorConfig, stores: dict[str, Store]) -> dict[str, Tier]:
-    """What a rank writes to each of its stores, and how."""
-    codecs = {DISK: config.disk_codec, REMOTE: config.remote_codec}
-    return {name: Tier(store=store, codec=Codec.parse(codecs[name]), ttl=config.ttl) for name, store in stores.items()}
+    """What a rank writes to each of its stores, and how, and what it reads from them."""
+    codecs = codecs_of(config)
+    return {
+        name: Tier(
+            store=store,
+            codec=codecs[name],
+            takes_lossy=config.accept_lossy or not codecs[name].is_lossless,
+            ttl=config.ttl,
+        )
+        for name, store in stores.items()
+    }
+
+
+def codecs_of(config: ConnectorConfig) -> dict[str, Codec]:
+    """How chunks are kept in each lower tier."""
+    return {DISK: Codec.parse(config.disk_codec), REMOTE: Codec.parse(config.remote_codec)}
+
+
+def slot_codec_of(
+    config: ConnectorConfig, cache: Any, layout: SlotLayout, *, cache_dtype: str, kv_caches: Mapping[str, Any]
+) -> SlotCodec | None:
+    """The encodings that suit an engine, None where the inside of its pages cannot be described. ``cache_dtype`` is its
+    setting, ``kv_caches`` are its tensors, whose first axis tells into how many blocks each block is divided.
+
+    Raises:
+        ConfigurationError: a tier is to be kept in an encoding, and none suits.
+    """
+    splits = {name: tensor.shape[0] // cache.num_blocks for name, tensor in kv_caches.items() if tensor.dim() == 4}
+    on_processor = all(tensor.device.type == "cpu" for tensor in kv_caches.values())
+    try:
+        geometry = describe_slot(cache, layout, cache_dtype=cache_dtype, on_processor=on_processor, splits=splits)
+    except UnsupportedCache as reason:
+        for name in names_of(config):
+            if (codec := codecs_of(config)[name]).encoding is not Encoding.RAW:
+                raise ConfigurationError(
+                    f"{name}_codec is {codec}, but this engine's KV cache cannot be encoded: {reason}. Set {name}_codec "
+                    "to raw, zstd or lz4, which always suit"
+                ) from reason
+        return None
+    return SlotCodec(geometry)
+
+
+def announce(config: ConnectorConfig) -> None:
+    """Say which tiers keep chunks that are no exact copies."""
+    for name in names_of(config):
+        codec = codecs_of(config)[name]
+        if not codec.is_lossless:
+            _log.warning(
+                "Tier %s keeps chunks as %s, which is lossy: answers that use them are approximate, and so is what is "
+                "computed on top of them, which no tier with a lossless codec gets",
+                name,
+                codec,
+            )
+        elif config.accept_lossy:
+            _log.warning("Lossy chunks that others left in tier %s are accepted: answers may be approximate", name)
 
 
 def is_sound(key: str, content: memoryview) -> bool:

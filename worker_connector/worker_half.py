@@ -19,7 +19,7 @@ from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.shape import shape_of
 from worker_connector.slab import Slab
 from worker_connector.tier_movers import TierMovers
-from worker_connector.tier_stores import open_stores, tiers_of
+from worker_connector.tier_stores import announce, open_stores, slot_codec_of, tiers_of
 
 IDLE_WAIT_SECONDS = 0.005
 """How long a step without a forward waits for loads, so that they are reported in it and not in a later one."""
@@ -168,7 +168,7 @@ class WorkerHalf:
                 )
             return
         try:
-            self._build(buffer, layout, slots, groups)
+            self._build(buffer, layout, slots, groups, kv_caches=kv_caches)
         except NativeUnavailable as error:
             raise NativeUnavailable(f"{error}. To run without a CPU tier, set enable_cpu to false") from error
         self.slots = slots
@@ -190,7 +190,15 @@ class WorkerHalf:
         for job in plan.tiers:
             self._refused[job.job] = TierResult(failed=dict.fromkeys((piece.chunk for piece in job.pieces), "closed"))
 
-    def _build(self, buffer: torch.Tensor, layout: SlotLayout, slots: int, groups: Sequence[Group]) -> None:
+    def _build(
+        self,
+        buffer: torch.Tensor,
+        layout: SlotLayout,
+        slots: int,
+        groups: Sequence[Group],
+        *,
+        kv_caches: Mapping[str, torch.Tensor],
+    ) -> None:
         config, device = self._config, buffer.device
         node = _near(device) if config.numa_node is None else config.numa_node
         slab = Slab(slots, layout.slot_bytes, device=device, node=node, huge=config.huge_pages)
@@ -201,7 +209,11 @@ class WorkerHalf:
         if config.has_lower_tiers and self._vllm_config is not None:
             shape = shape_of(config, self._vllm_config, self._cache, groups, layout, rank=self._parallel.rank)
             memory = memoryview(slab.bytes.numpy())
-            self._tiers = TierMovers(tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape)
+            cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
+            codec = slot_codec_of(config, self._cache, layout, cache_dtype=cache_dtype, kv_caches=kv_caches)
+            self._tiers = TierMovers(tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape, codec)
+            if self._parallel.rank == 0:
+                announce(config)
 
 
 def _near(device: torch.device) -> int:

@@ -217,7 +217,7 @@ def test_mistakes_are_named(extra: dict[Any, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"remote_serde": "cachegen"}, "available here: raw, zstd, lz4"),
+        ({"remote_serde": "cachegen"}, "it is one of raw, exp12, fp8, k16v8, int8, zstd, lz4"),
         ({"retrieval_mode": "semantic"}, "available here: exact"),
         ({"async_write": False}, "saves are always asynchronous"),
         ({"enable_vision_cache": True}, "vision encoders"),
