@@ -70,7 +70,7 @@ class Cycles:
     def compute(self) -> None:
         """What makes the forward late, so that nobody is right by luck. It takes longer than a mover needs to wake up."""
         if self.weight is not None:
-            torch.cuda._sleep(1 + self.random.randrange(4) * LATE_CYCLES)  # noqa: SLF001 - nothing else is so even
+            torch.cuda._sleep(1 + self.random.randrange(4) * LATE_CYCLES)
             torch.mm(self.weight, self.weight)
 
     def index(self, blocks: list[int]) -> Any:
