@@ -58,7 +58,7 @@ class LossyEngine(TieredEngine):
             assert lossy or not spoilt, "an exact tier got what is not exact"
             self.written[job.tier, "approximate" if spoilt else "exact"] += 1
             if lossy:
-                kept = {
+                kept: Any = {
                     place: {at: Approximate(token) for at, token in held.items()} for place, held in content.items()
                 }
                 store[under.rank, piece.chunk] = missing, kept
@@ -105,6 +105,28 @@ def test_the_beginning_of_a_lossy_chunk_in_the_engines_own_cache_counts() -> Non
     # Half of the first chunk is the engine's own; the chunk has another name.
     engine.serve("c", [*tokens[: CHUNK // 2], *prompt(5, 2 * CHUNK)])
     assert not engine.chunks_in("disk")
+
+
+def test_a_tail_that_was_computed_on_the_beginning_of_a_lossy_chunk_passes_it_on() -> None:
+    engine, stem, end = LossyEngine(), prompt(1, 9 * CHUNK), prompt(2, 2 * CHUNK)
+    engine.serve("a", [*stem, 1])
+    *_, last = engine.planner.lower._ledger.content()["disk"]
+    lose(engine)
+    engine.stores["disk"].pop((0, last))
+    engine.ledger.removed("disk", [last])
+    engine.serve("b", [*stem, 2])
+    assert engine.written["remote", "approximate"] == 0
+    # A tail behind eight exact chunks, of which the beginning is the engine's own.
+    branch = [*stem[: 8 * CHUNK + CHUNK // 2], *end]
+    tail = engine.serve("c", branch[: 9 * CHUNK - 1])
+    assert tail.loads == 0
+    engine.reset_prefix_cache()
+    engine.ledger.gpu_cleared()
+    before = len(engine.chunks_in("disk"))
+    longer = engine.serve("d", branch)
+    assert longer.loads == 1
+    assert len(engine.chunks_in("disk")) == before
+    assert engine.written["remote", "approximate"]
 
 
 def test_where_all_tiers_are_exact_nothing_is_held_back() -> None:
