@@ -27,6 +27,7 @@ MOST_PIN_SECONDS = 366 * 86_400.0
 _MOST_QUEUED = 64
 _MOST_LISTED = 10_000
 _POLL_SECONDS = 0.002
+_SLICE = 1024
 
 Arguments = dict[str, Any]
 
@@ -71,6 +72,11 @@ class Operations:
         """Whether the engine's next step has something to begin. Takes no lock."""
         return bool(self._queue or self._warming)
 
+    @property
+    def is_expected(self) -> bool:
+        """Whether an engine without requests must keep stepping: for as long as fetches end and more can begin."""
+        return bool(self._queue) or bool(self._warming and (self._lower.fetch_room or self._lower.is_expected()))
+
     def run_queued(self) -> None:
         """Begin what waits for the engine. Before the step is planned."""
         with self._ledger.lock:
@@ -105,6 +111,7 @@ class Operations:
         _only(arguments)
         lookups, bandwidth = self._lookups(), self._lower.bandwidth()
         told = lookups.figures() if lookups is not None else {}
+        pins = {"chunks": len(self._pins), "waiting": self._pins.waiting()}
         with self._ledger.lock:
             held = self._ledger.counts()
             return {
@@ -113,7 +120,7 @@ class Operations:
                 "capacity_chunks": self._ledger.capacity,
                 "free_chunks": self._ledger.free_slots,
                 "tiers": {name: {"bandwidth": bandwidth[name], **told.get(name, {})} for name in self._lower.names},
-                "pins": {"chunks": len(self._pins), "waiting": self._waiting_pins()},
+                "pins": pins,
                 "queued": len(self._queue) + len(self._warming),
             }
 
@@ -124,8 +131,11 @@ class Operations:
         chunks = _chunks(arguments)
         if _flag(arguments, "ask"):
             self._ask(chunks)
-        with self._ledger.lock:
-            return {chunk.hex(): self._tiers_of(chunk) for chunk in chunks}
+        found: dict[str, list[str]] = {}
+        for part in _slices(chunks):
+            with self._ledger.lock:
+                found |= {chunk.hex(): self._tiers_of(chunk) for chunk in part}
+        return found
 
     def pins(self, arguments: Arguments) -> dict[str, Any]:
         """The pinned chunks, up to ``limit`` of them."""
@@ -197,7 +207,7 @@ class Operations:
         _only(arguments, "chunks", "newest", "tier", "seconds")
         seconds, tiers = _seconds(arguments), self._below(arguments)
         if "chunks" in arguments:
-            chunks = list(dict.fromkeys(_chunks(arguments)))
+            chunks = _chunks(arguments)
             self._ask(chunks)
             return self._warm(chunks, tiers, evict=True, seconds=seconds)
         newest = _count(arguments, "newest", 0)
@@ -258,9 +268,13 @@ class Operations:
     def _ask(self, chunks: Sequence[bytes]) -> None:
         """Have the lower tiers asked for what nobody is known to hold; returns with their answer, or in time without."""
         lookups = self._lookups()
-        with self._ledger.lock:
-            unknown = [chunk for chunk in chunks if not (self._ledger.holds(chunk) or self._ledger.below(chunk))]
-        if lookups is None or not unknown:
+        if lookups is None:
+            return
+        unknown: list[bytes] = []
+        for part in _slices(chunks):
+            with self._ledger.lock:
+                unknown += [chunk for chunk in part if not (self._ledger.holds(chunk) or self._ledger.below(chunk))]
+        if not unknown:
             return
         question = lookups.ask(unknown)
         while question.pending:
@@ -272,9 +286,6 @@ class Operations:
 
     def _fastest(self, chunk: bytes, tiers: Sequence[str]) -> str:
         return next((tier for tier in self._ledger.below(chunk) if tier in tiers), "")
-
-    def _waiting_pins(self) -> int:
-        return sum(self._ledger.lookup(chunk) is None for chunk, _ in self._pins.entries(len(self._pins)))
 
     def _named(self, arguments: Arguments) -> str:
         """The tier behind the GPU that a request names."""
@@ -296,6 +307,11 @@ class Operations:
         return [tier]
 
 
+def _slices(chunks: Sequence[bytes]) -> Iterable[Sequence[bytes]]:
+    """Parts of a list, small enough that the engine can do without the ledger for one of them."""
+    return (chunks[at : at + _SLICE] for at in range(0, len(chunks), _SLICE))
+
+
 def _only(arguments: Arguments, *known: str) -> None:
     if unknown := sorted(set(arguments) - set(known)):
         raise ImpossibleOperation(f"unknown argument {unknown[0]!r}; known: {', '.join(known) or 'none'}")
@@ -312,7 +328,7 @@ def _chunks(arguments: Arguments, *, needed: bool = False) -> list[bytes]:
         raise ImpossibleOperation(f"a chunk is named by {HASH_BYTES} bytes, or {2 * HASH_BYTES} hex digits")
     if needed and not chunks:
         raise ImpossibleOperation("name the chunks: 'chunks' is missing or empty")
-    return chunks
+    return list(dict.fromkeys(chunks))
 
 
 def _flag(arguments: Arguments, name: str) -> bool:

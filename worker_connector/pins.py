@@ -96,6 +96,10 @@ class Pins:
             pairs = [pair for pair, _ in zip(self._until.items(), range(most), strict=False)]
             return [(chunk, None if until == math.inf else max(0.0, until - now)) for chunk, until in pairs]
 
+    def waiting(self) -> int:
+        """How many pinned chunks are not in the CPU tier. Takes no lock, so it is as of about now. O(pins)."""
+        return sum(self._ledger.lookup(chunk) is None for chunk in list(self._until))
+
     def check(self) -> None:
         """Assert every invariant. O(pins)."""
         with self._ledger.lock:

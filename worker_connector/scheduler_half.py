@@ -108,7 +108,7 @@ class SchedulerHalf:
 
     def has_unfinished_transfers(self) -> bool:
         """Whether an engine without requests must keep stepping."""
-        if self.planner.has_unfinished_transfers() or self.operations.has_queued:
+        if self.planner.has_unfinished_transfers() or self.operations.is_expected:
             return True
         return time.monotonic() < self._warm_until
 

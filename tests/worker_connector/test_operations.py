@@ -39,6 +39,10 @@ class Controlled:
             self.engine.planner.check()
             self.pins.check()
 
+    def is_awake(self) -> bool:
+        """Whether operations keep an engine without requests stepping."""
+        return self.operations.is_expected
+
     def settle(self) -> None:
         """Step, without a request, until nothing is left to do."""
         for _ in range(200):
@@ -255,6 +259,32 @@ def test_an_engine_that_sleeps_takes_only_so_many_operations() -> None:
         control("clear", tier="disk")
     control.settle()
     assert control("clear", tier="disk")["queued"] == ["disk"]
+
+
+def test_an_engine_keeps_stepping_while_warming_goes_on_and_no_longer() -> None:
+    control = Controlled(slots=8)
+    held = control.chunks("a", 1, 4)
+    control("clear", chunks=held, tier="cpu")
+    control.engine.planner.lower._job_pieces = 1
+    assert not control.is_awake()
+    control("warm", chunks=held)
+    assert control.is_awake()
+    control.engine.hold_tiers = True
+    control.step()
+    assert control.is_awake()
+    control.engine.now += 61
+    assert not control.is_awake(), "fetches that never end keep no engine awake"
+    control.engine.hold_tiers = False
+    control.settle()
+    assert control.ledger.counts()[CPU] == 4
+
+
+def test_a_chunk_named_twice_counts_once() -> None:
+    control = Controlled()
+    held = control.chunks("a", 1, 1) * 3
+    assert control("pin", chunks=held)["changed"] == 1
+    assert control("unpin", chunks=held)["changed"] == 1
+    assert control("move", chunks=held)["chunks"] == 1
 
 
 @pytest.mark.parametrize("seed", range(4))
