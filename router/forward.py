@@ -7,6 +7,7 @@ one. Nothing is sent to the client before the first body byte is there, so that 
 
 import asyncio
 import re
+from collections.abc import Sequence
 
 import msgspec
 
@@ -52,7 +53,7 @@ class Delivery(msgspec.Struct, eq=False, kw_only=True):
 
 
 async def forward(
-    client: Client, upstream: Upstream, head: bytes, body: bytes, *, extra: Headers, delivery: Delivery
+    client: Client, upstream: Upstream, head: bytes, body: Sequence[bytes], *, extra: Headers, delivery: Delivery
 ) -> None:
     """Send a request and deliver its response.
 

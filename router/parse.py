@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from router.body_memory import SHORTEST, BodyMemory
 from router.conversation import PlainTexts, plain_texts
 from router.errors import InvalidRequest, TooLarge
 from router.multipart import form_field
@@ -127,11 +128,18 @@ class Request(msgspec.Struct, eq=False):
     repeatable: bool = True
 
 
-def parse_request(kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], request_id: str) -> Request:
-    """Raises:
-    InvalidRequest: the body is not what the endpoint takes; names the field.
+def parse_request(
+    kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], request_id: str, memory: BodyMemory | None = None
+) -> Request:
+    """``memory``, where given, spares decoding what it knows of long chats.
+
+    Raises:
+        InvalidRequest: the body is not what the endpoint takes; names the field.
     """
-    body = _decode(raw)
+    if kind != "chat" or len(raw) < SHORTEST:
+        memory = None
+    remembered = memory.decode(raw) if memory is not None else None
+    body, known = remembered or (_decode(raw), 0)
     _check_kinds(body)
     model = body.get("model")
     if model is not None and not isinstance(model, str):
@@ -144,6 +152,8 @@ def parse_request(kind: Kind, raw: bytes, headers: list[tuple[bytes, bytes]], re
         plain = plain_texts(body.get("messages"))
         if plain is None:
             _check_messages(body)
+        elif memory is not None:
+            memory.learn(raw, body, known)
     elif kind == "completions":
         _check_prompt(body)
     return Request(kind, raw, body, model or "", salt or "", request_id, headers, plain)

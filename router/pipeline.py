@@ -6,7 +6,7 @@ import copy
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgspec
 from router.access import Access, Visit
 from router.accounting import Accounting, Decision
 from router.admission import Admission
+from router.body_memory import BodyMemory
 from router.choosing import Chooser, Plan, Routed, first_missing, fitting
 from router.client import Client, Headers
 from router.config import Settings
@@ -38,12 +39,14 @@ from router.policies import Policy
 from router.pool_prompts import PoolPrompts
 from router.queue import NOBODY
 from router.retries import RetryBudget, backoff
-from router.splice import LEAN_FROM, Kind, can_carry_ids, ids_of, splice, with_prompt, without_messages
+from router.splice import LEAN_FROM, Kind, can_carry_ids, ids_of, parts_without_messages, splice, with_prompt
 from router.surface import HOT, Surface, target_of, unscored_prompt
 from router.workers import Flight, Pool, Registry, Worker
 
 PATHS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _RETRY_AFTER_S = 1.0
+MOST_BODY_BYTES = 128 << 20
+"""Kept of bodies at most; a quarter of what is kept of prompts where that is less."""
 SAMPLE_EVERY = 64
 """Of this many requests to a worker that could carry token ids, one travels as text: the length the worker then reports
 shows whether it still tokenizes as the router does."""
@@ -109,6 +112,7 @@ class Pipeline:
         self._settings = settings
         self._registry = registry
         self.chooser = Chooser(index, policy)
+        self._bodies = BodyMemory(min(settings.prompt_memory_bytes // 4, MOST_BODY_BYTES))
         self._admission = admission
         self._accounting = accounting
         self._metrics = metrics
@@ -217,7 +221,7 @@ class Pipeline:
         self, client: Client, kind: Kind, arrival: Arrival, raw: bytes, started: float, visit: Visit | None
     ) -> None:
         if kind in HOT:
-            request = parse_request(kind, raw, arrival.headers, arrival.request_id)
+            request = parse_request(kind, raw, arrival.headers, arrival.request_id, self._bodies)
         else:
             request = await self._surface.read(client, kind, raw, arrival, tenant=_tenant_of(visit))
         if visit is not None:
@@ -326,7 +330,7 @@ class Pipeline:
         headers = [*request.headers, named]
         if worker.rank_header:
             headers.append(worker.rank_header)
-        head = worker.upstream.request_head(request.method, target_of(client), headers, len(body))
+        head = worker.upstream.request_head(request.method, target_of(client), headers, sum(map(len, body)))
         await forward(
             client, worker.upstream, head, body, extra=self._extra_headers(named, journey, worker), delivery=attempt
         )
@@ -388,27 +392,28 @@ class Pipeline:
             worker.mark_down(str(error))
         _log.warning("%s", error)
 
-    def _body_for(self, plan: Plan, worker: Worker) -> bytes:
-        """The body with token ids where the worker was seen to take them, else as it came."""
+    def _body_for(self, plan: Plan, worker: Worker) -> Sequence[bytes]:
+        """The body with token ids where the worker was seen to take them, else as it came; in pieces."""
         request, tokenized = plan.request, plan.tokenized
         if tokenized.by != "router" or worker.parity != "exact" or not self._settings.forward_token_ids:
-            return request.raw
+            return (request.raw,)
         if not can_carry_ids(request.body, request.kind):
-            return request.raw
+            return (request.raw,)
         completion = request.kind == "completions"
         takes = _is_text(request.body.get("prompt")) if completion else worker.takes_token_ids
         if not takes:
-            return request.raw
+            return (request.raw,)
         worker.sent_ids += 1
         if not worker.sent_ids % SAMPLE_EVERY:
-            return request.raw
+            return (request.raw,)
         several = completion and isinstance(request.body["prompt"], list)
         encoded = ids_of(tokenized.prompts, several=several)
         if len(request.raw) >= LEAN_FROM:
-            lean = (with_prompt if completion else without_messages)(request.body, encoded)
-            if lean is not None:
-                return lean
-        return splice(request.raw, encoded, request.kind, given="kv_transfer_params" in request.body)
+            if request.plain is not None and (parts := parts_without_messages(request.body, encoded)) is not None:
+                return parts
+            if completion and (lean := with_prompt(request.body, encoded)) is not None:
+                return (lean,)
+        return (splice(request.raw, encoded, request.kind, given="kv_transfer_params" in request.body),)
 
     def _extra_headers(self, named: tuple[bytes, bytes], journey: Journey, worker: Worker) -> Headers:
         if not self._settings.response_headers:

@@ -30,6 +30,7 @@ _KEPT_FIELDS = frozenset(
 _EXACT = 2.0**53
 _KEPT_TYPES = frozenset({str, int, float, bool, type(None)})
 _MEMBERS = dict[str, msgspec.Raw]
+_NO_MESSAGES = [{"role": "user", "content": ""}]
 _OPENING = b'"kv_transfer_params":{"prompt_token_ids":'
 _PROMPT_KEY = re.compile(rb'"prompt"[ \t\r\n]*:[ \t\r\n]*')
 
@@ -78,10 +79,18 @@ def without_messages(body: Mapping[str, Any], encoded: Sequence[bytes]) -> bytes
     differs between chats of plain texts in well-known roles without such fields; only those lose their messages, and
     only with members whose values survive being written again.
     """
-    if plain_texts(body.get("messages")) is None or not _can_be_rewritten(body, "messages"):
+    if plain_texts(body.get("messages")) is None:
         return None
-    short = msgspec.json.encode({**body, "messages": [{"role": "user", "content": ""}]})
-    return b"".join((short[:-1], b",", _OPENING, *encoded, b"}}"))
+    parts = parts_without_messages(body, encoded)
+    return b"".join(parts) if parts is not None else None
+
+
+def parts_without_messages(body: Mapping[str, Any], encoded: Sequence[bytes]) -> list[bytes] | None:
+    """``without_messages`` of a chat known to be plain texts in well-known roles, in pieces that are not copied."""
+    if not _can_be_rewritten(body, "messages"):
+        return None
+    short = msgspec.json.encode({**body, "messages": _NO_MESSAGES})
+    return [short[:-1] + b"," + _OPENING, *encoded, b"}}"]
 
 
 def with_prompt(body: Mapping[str, Any], encoded: Sequence[bytes]) -> bytes | None:

@@ -8,7 +8,7 @@ are kept by one timer per worker that looks at its connections, not by one timer
 import asyncio
 import re
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -101,13 +101,13 @@ class Connection(asyncio.Protocol):
         """Nothing of the response has arrived."""
         return not self._head_size and not self.head_done
 
-    def send(self, head: bytes, body: bytes, first_byte_timeout: float) -> None:
+    def send(self, head: bytes, body: Sequence[bytes], first_byte_timeout: float) -> None:
         """Send a request. The previous response must be complete."""
         if self.used:
             self._reset()
         self.used = True
         self.deadline = self.now() + first_byte_timeout
-        self._transport.writelines((head, body))
+        self._transport.writelines((head, *body))
 
     async def read(self) -> bytes:
         """The body bytes that have arrived, waiting for some; empty at the end.
@@ -392,7 +392,7 @@ class Upstream:
             (n, own.sub(b"", v, count=1) or b"/") if n == b"location" and own.match(v) else (n, v) for n, v in headers
         ]
 
-    async def exchange(self, head: bytes, body: bytes, first_byte_timeout: float | None = None) -> Connection:
+    async def exchange(self, head: bytes, body: Sequence[bytes], first_byte_timeout: float | None = None) -> Connection:
         """Send a request and wait for the response's head. Return the connection with ``release``.
 
         A kept connection that turns out to be closed is replaced, once, by a fresh one: nothing was answered on it.
@@ -437,7 +437,7 @@ class Upstream:
             raise UpstreamTimeout(self.worker, f"did not answer {method} {target} within {timeout:g} s") from error
 
     async def _fetch(self, head: bytes, body: bytes, deadline: float) -> Response:
-        connection = await self.exchange(head, body, deadline)
+        connection = await self.exchange(head, (body,), deadline)
         try:
             content = await connection.read_whole(16 << 20)
             return Response(connection.status, connection.headers, content)

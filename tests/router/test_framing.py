@@ -213,7 +213,7 @@ Outcome = tuple[Any, ...]
 async def outcome(parts: list[bytes]) -> Outcome:
     connection, transport = Connection("w", 60, asyncio.get_running_loop()), Transport()
     connection.connection_made(transport)  # type: ignore[arg-type]
-    connection.send(b"", b"", 60)
+    connection.send(b"", (b"",), 60)
     for part in parts:
         if not transport.aborted:
             connection.data_received(part)
