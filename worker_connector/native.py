@@ -412,6 +412,7 @@ class Context:
         self._take()
         try:
             self._check(self.library.functions.wr_calibrate(self._handle, at, at + 8))
+            self.description = self._describe()
         finally:
             self._busy.release()
         return cutoffs[0], cutoffs[1]

@@ -51,11 +51,11 @@ def seconds(stream: Any, work: Callable[[], None], *, rounds: int = 5, warm: int
     return statistics.median(once(stream, work) for _ in range(rounds))
 
 
-def pages(memory: Memory, page: int, count: int) -> View:
-    """Plain pages of one size, one behind the other."""
+def pages(memory: Memory, page: int, count: int, layers: int = 1) -> View:
+    """Plain pages of one size, one behind the other, ``count`` in each layer."""
     base = memory.cache.data_ptr()
     return View(
-        [base],
+        [base + layer * count * page for layer in range(layers)],
         begin=base,
         end=base + memory.cache.numel(),
         block_stride=page,
@@ -96,8 +96,8 @@ def rotation(distance: int, pairs: int = 64, base: float = 500000.0) -> Rotation
 
 def apart(count: int, seed: int = 0) -> list[int]:
     """Block ids of which no two that follow each other are neighbours in the cache, but by chance."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return [int(each) for each in order]
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def spans(memory: Memory, sizes: Sequence[int], blocks: int) -> list[tuple[int, ...]]:

@@ -1,13 +1,20 @@
-"""Round trips through every layout against the oracle, for machines without pytest: ``python -m benchmarks.gpu.plain_tests``."""
+"""For machines without pytest: round trips through every layout against the oracle, and the worker half's transfers.
 
+python -m benchmarks.gpu.plain_tests layouts|movers
+"""
+
+import importlib
 import os
 import sys
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 
-def main() -> int:
-    os.environ["WARMROUTE_TEST_BACKENDS"] = "cuda"
+def layouts() -> None:
+    """On every way; an ``AssertionError`` says what differs."""
+    os.environ.setdefault("WARMROUTE_TEST_BACKENDS", "cuda")
     from tests.native import abi, oracle  # noqa: PLC0415 - reads the environment
     from tests.native.layouts import BF16, F16, F32, Shape, catalogue  # noqa: PLC0415
     from tests.native.rig import Rig, backends  # noqa: PLC0415
@@ -33,6 +40,36 @@ def main() -> int:
                 done += 1
         rig.close()
     print(f"{done} layouts went out and came back")
+
+
+class _Anything(ModuleType):
+    """What a module of tests takes from pytest while it is imported: decorators that change nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name)
+
+    def __call__(self, *values: Any, **_: Any) -> Any:
+        return values[0] if len(values) == 1 and callable(values[0]) else self
+
+
+def movers(device: str = "cuda") -> None:
+    """Save, evict and load under a concurrent forward; the tests that pytest would run."""
+    pytest = _Anything("pytest")
+    pytest.importorskip = lambda name, **_: importlib.import_module(name)
+    sys.modules.setdefault("pytest", pytest)
+    from tests.native import test_cuda_movers as tests  # noqa: PLC0415
+
+    for pages in tests.PAGES:
+        tests.test_no_byte_is_ever_wrong(device, pages)
+    tests.test_checksums_agree_along_the_way(device)
+    if device == "cuda":
+        tests.test_a_missing_wait_is_seen()
+
+
+def main() -> int:
+    {"layouts": layouts, "movers": movers}[sys.argv[1]]()
     return 0
 
 

@@ -9,7 +9,8 @@ Row = tuple[str, str, str, str]
 
 def verdicts(results: dict[str, Any]) -> list[Row]:
     """Per bar: what, measured, wanted, and ``pass``, ``FAIL`` or ``not measured``."""
-    return [*_checks(results), *_engines(results), *_direct(results), *_codecs(results), *_told(results)]
+    parts = (_checks, _engines, _direct, _codecs, _told, _errors)
+    return [row for part in parts for row in part(results)]
 
 
 def _row(what: str, value: float | None, wanted: str, ok: bool | None) -> Row:
@@ -38,9 +39,13 @@ def _least(rows: list[dict[str, Any]], **wanted: Any) -> float | None:
     return min(chosen, default=None)
 
 
+def _swept(bench: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for name, rows in bench.items() if name.startswith("sweep") for row in rows]
+
+
 def _engines(results: dict[str, Any]) -> Iterator[Row]:
     bench = results.get("bench", {})
-    sweep, many = bench.get("sweep", []), bench.get("many pages", [])
+    sweep, many = _swept(bench), bench.get("many pages", [])
     for direction in ("load", "save"):
         large = [row for row in sweep if row["page"] == 2048 * KIB and row["pages"] > 64]
         value = _least(large, path="copy_engine", direction=direction)
@@ -50,7 +55,7 @@ def _engines(results: dict[str, Any]) -> Iterator[Row]:
 
 
 def _direct(results: dict[str, Any]) -> Iterator[Row]:
-    sweep = results.get("bench", {}).get("sweep", [])
+    sweep = _swept(results.get("bench", {}))
     for page in (4 * KIB, 8 * KIB, 16 * KIB):
         rows = [
             row["ratio"]
@@ -85,6 +90,11 @@ def _told(results: dict[str, Any]) -> Iterator[Row]:
     for name, value in bench.get("slowdown", {}).items():
         if name not in {"alone_ms", "tflops"}:
             yield _row(f"8192^3 product, {name}", value, "told", None)
+
+
+def _errors(results: dict[str, Any]) -> Iterator[Row]:
+    for step, said in results.get("errors", {}).items():
+        yield step, said.splitlines()[0][:60] if said else "", "ends", "FAIL"
 
 
 def table(rows: list[Row]) -> str:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.gpu.measure import GIB, Memory, apart, llama, once, pages, rotation, seconds, spans
@@ -15,6 +16,12 @@ KIB, MIB = 1 << 10, 1 << 20
 CHUNK = 32 * MIB
 PAGES = [4 * KIB << step for step in range(10)]
 BLOCKS = (2, 4, 8, 12, 16, 32)
+WAYS = {
+    "copy engine": (Route.COPY_ENGINE, 16),
+    "staged": (Route.STAGED, 16),
+    **{f"kernel, {blocks} blocks": (Route.KERNEL, blocks) for blocks in BLOCKS},
+}
+"""What a sweep measures: the route, and how many thread blocks it may use."""
 
 
 class Bench:
@@ -30,9 +37,9 @@ class Bench:
     def move(
         self, context: native.Context, view: Any, blocks: list[int], load: bool, packed: Any, **more: Any
     ) -> Callable[[], None]:
-        """One call for all blocks."""
-        call = context.scatter if load else context.gather
-        return lambda: call(view, blocks, packed, stream=self.stream.cuda_stream, **more)
+        """One call for all blocks. Their ids are ready for it: making an array of a list is not what is measured."""
+        call, ids = context.scatter if load else context.gather, np.asarray(blocks, np.int32)
+        return lambda: call(view, ids, packed, stream=self.stream.cuda_stream, **more)
 
     def rate(self, nbytes: int, work: Callable[[], None], rounds: int = 5) -> float:
         return nbytes / seconds(self.stream, work, rounds=rounds)
@@ -44,6 +51,8 @@ class Bench:
         size = min(GIB, self.memory.host.numel() // 2)
         there, here = self.memory.cache[:size], self.memory.host[:size]
         there_too, here_too = self.memory.cache[size : 2 * size], self.memory.host[size : 2 * size]
+        # The link and the clocks wake up first.
+        seconds(self.stream, lambda: there.copy_(here, non_blocking=True), rounds=5)
         self.peak["load"] = self.rate(size, lambda: there.copy_(here, non_blocking=True))
         self.peak["save"] = self.rate(size, lambda: here.copy_(there, non_blocking=True))
 
@@ -59,27 +68,25 @@ class Bench:
 
     # ---- pages ------------------------------------------------------------------------------------------------
 
-    def sweep(self, give_up: Callable[[], bool]) -> list[dict[str, Any]]:
-        """Pages of 4 KiB to 2 MiB, few and many, on every path and with several numbers of thread blocks."""
-        found = []
-        ways = [(Route.COPY_ENGINE, 16), (Route.STAGED, 16), *((Route.KERNEL, blocks) for blocks in BLOCKS)]
-        for route, blocks in ways:
-            with native.Context(self.device, threads=blocks, route=route) as context:
-                for page in PAGES:
-                    for total in (16 * MIB, 256 * MIB):
-                        if give_up():
-                            return found
-                        found += [
-                            self._page_row(context, (route, blocks), page, total, load=load) for load in (True, False)
-                        ]
-        return found
+    def sweep(self, route: Route, blocks: int) -> list[dict[str, Any]]:
+        """Pages of 4 KiB to 2 MiB, few and many, one way with so many thread blocks."""
+        with native.Context(self.device, threads=blocks, route=route) as context:
+            return [
+                self._page_row(context, (route, blocks), page, total, load=load)
+                for page in PAGES
+                for total in (16 * MIB, 256 * MIB)
+                for load in (True, False)
+            ]
 
     def _page_row(
         self, context: native.Context, way: tuple[Route, int], page: int, total: int, *, load: bool
     ) -> dict[str, Any]:
         (route, blocks), count = way, total // page
-        packed = spans(self.memory, [total], count)
-        work = self.move(context, pages(self.memory, page, count), apart(count), load, packed)
+        # Small pages are those of many layers.
+        layers = next((each for each in (32, 16) if count >= 2048 and count % each == 0), 1)
+        packed = spans(self.memory, [total], count // layers)
+        view = pages(self.memory, page, count // layers, layers)
+        work = self.move(context, view, apart(count // layers), load, packed)
         rate = self.rate(total, work, rounds=3)
         direction = "load" if load else "save"
         return {
@@ -87,6 +94,7 @@ class Bench:
             "thread_blocks": blocks if route != Route.COPY_ENGINE else 0,
             "page": page,
             "pages": count,
+            "layers": layers,
             "direction": direction,
             "gbps": rate / 1e9,
             "ratio": rate / self.peak[direction],
@@ -104,7 +112,7 @@ class Bench:
     def both_ways(self) -> dict[str, float]:
         """Loads and saves at once, as the worker half does, of Llama's pages: GB/s together, and of the large copies."""
         view = llama(self.memory, 256)
-        first, second = list(range(128)), list(range(128, 256))
+        first, second = np.arange(128, dtype=np.int32), np.arange(128, 256, dtype=np.int32)
         half = 8 * CHUNK
         packed = [(self.memory.host.data_ptr() + at * half, half, 128, 0, 128, 0) for at in range(2)]
         with native.Context(self.device) as loads, native.Context(self.device) as saves:
@@ -175,11 +183,12 @@ class Bench:
             ("saves by copy engine", Route.COPY_ENGINE, False),
             ("saves staged", Route.STAGED, False),
         ):
-            found[name] = self._beside(compute, product, route, load) / alone
+            beside = self._beside(compute, product, route, load)
+            found[name] = beside / alone if beside is not None else None
         return found
 
-    def _beside(self, compute: Any, product: Callable[[], Any], route: Route, load: bool) -> float:
-        """Seconds of a product while transfers never cease."""
+    def _beside(self, compute: Any, product: Callable[[], Any], route: Route, load: bool) -> float | None:
+        """Seconds of a product while transfers never cease; None if they always did."""
         view = llama(self.memory, 128)
         with native.Context(self.device, route=route) as context:
             work = self.move(context, view, apart(128), load, spans(self.memory, [8 * CHUNK], 128))
@@ -193,4 +202,4 @@ class Bench:
                 if not self.stream.query():
                     taken += began
                 self.stream.synchronize()
-        return statistics.median(taken) if taken else float("nan")
+        return statistics.median(taken) if taken else None
