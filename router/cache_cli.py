@@ -8,6 +8,7 @@ cache = typer.Typer(name="cache", help="Look into the caches of workers and cont
 
 What = Annotated[str, typer.Argument(help="file with a request body whose prompt is meant; - for standard input")]
 Chunk = Annotated[list[str] | None, typer.Option("--chunk", help="a chunk's hexadecimal digest; repeat for each")]
+Tag = Annotated[str, typer.Option("--tag", help="name that requests were given; stands for their chunks")]
 Url = Annotated[str, typer.Option("--url", help="the gateway")]
 Worker = Annotated[str, typer.Option("--worker", help="HOST:PORT of a worker's report port, to ask it and no gateway")]
 At = Annotated[str, typer.Option("--at", help="name of one worker at the gateway; all if not said")]
@@ -50,6 +51,7 @@ def lookup(
     request: What = "",
     *,
     chunk: Chunk = None,
+    tag: Tag = "",
     ask: Annotated[bool, typer.Option("--ask", help="ask lower tiers for what nobody knows of")] = False,
     url: Url = GATEWAY,
     worker: Worker = "",
@@ -60,7 +62,7 @@ def lookup(
 ) -> None:
     """Say which tiers of each worker hold a prompt's chunks."""
     where = _Where(url, worker, at, token, report_token)
-    _run("lookup", where, what=request, chunks=chunk, as_json=as_json, ask=ask)
+    _run("lookup", where, what=request, chunks=chunk, as_json=as_json, tag=tag, ask=ask)
 
 
 @cache.command()
@@ -68,6 +70,7 @@ def clear(
     request: What = "",
     *,
     chunk: Chunk = None,
+    tag: Tag = "",
     everything: Annotated[bool, typer.Option("--all", help="everything there is, of all prompts")] = False,
     tier: Tier = "",
     url: Url = GATEWAY,
@@ -78,9 +81,9 @@ def clear(
     as_json: Json = False,
 ) -> None:
     """Drop a prompt's chunks, or everything, from one tier or all behind the GPU."""
-    _said_what(request, chunk, everything=everything)
+    _said_what(request or tag, chunk, everything=everything)
     where = _Where(url, worker, at, token, report_token)
-    _run("clear", where, what=request, chunks=chunk, as_json=as_json, tier=tier)
+    _run("clear", where, what=request, chunks=chunk, as_json=as_json, tag=tag, tier=tier)
 
 
 @cache.command()
@@ -88,6 +91,7 @@ def pin(
     request: What = "",
     *,
     chunk: Chunk = None,
+    tag: Tag = "",
     seconds: Seconds = None,
     url: Url = GATEWAY,
     worker: Worker = "",
@@ -98,7 +102,7 @@ def pin(
 ) -> None:
     """Keep a prompt's chunks from eviction from the CPU tier."""
     where = _Where(url, worker, at, token, report_token)
-    _run("pin", where, what=request, chunks=chunk, as_json=as_json, seconds=seconds)
+    _run("pin", where, what=request, chunks=chunk, as_json=as_json, tag=tag, seconds=seconds)
 
 
 @cache.command()
@@ -106,6 +110,7 @@ def unpin(
     request: What = "",
     *,
     chunk: Chunk = None,
+    tag: Tag = "",
     everything: Annotated[bool, typer.Option("--all", help="all pins")] = False,
     url: Url = GATEWAY,
     worker: Worker = "",
@@ -115,9 +120,9 @@ def unpin(
     as_json: Json = False,
 ) -> None:
     """End the pins on a prompt's chunks, or all."""
-    _said_what(request, chunk, everything=everything)
+    _said_what(request or tag, chunk, everything=everything)
     where = _Where(url, worker, at, token, report_token)
-    _run("unpin", where, what=request, chunks=chunk, as_json=as_json)
+    _run("unpin", where, what=request, chunks=chunk, as_json=as_json, tag=tag)
 
 
 @cache.command()
@@ -136,10 +141,26 @@ def pins(
 
 
 @cache.command()
+def tags(
+    *,
+    limit: Annotated[int, typer.Option("--limit", help="how many to list of each worker")] = 1000,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """List the tags that requests were given, and how many chunks each stands for."""
+    _run("tags", _Where(url, worker, at, token, report_token), as_json=as_json, limit=limit)
+
+
+@cache.command()
 def warm(
     request: What = "",
     *,
     chunk: Chunk = None,
+    tag: Tag = "",
     newest: Annotated[int | None, typer.Option("--newest", help="the so many that came last")] = None,
     tier: Tier = "",
     seconds: Seconds = None,
@@ -152,7 +173,7 @@ def warm(
 ) -> None:
     """Bring a prompt's chunks, or the newest of the lower tiers, into the CPU tier."""
     where = _Where(url, worker, at, token, report_token)
-    _run("warm", where, what=request, chunks=chunk, as_json=as_json, newest=newest, tier=tier, seconds=seconds)
+    _run("warm", where, what=request, chunks=chunk, as_json=as_json, tag=tag, newest=newest, tier=tier, seconds=seconds)
 
 
 @cache.command()
@@ -160,6 +181,7 @@ def move(
     request: What = "",
     *,
     chunk: Chunk = None,
+    tag: Tag = "",
     tier: Tier = "",
     url: Url = GATEWAY,
     worker: Worker = "",
@@ -170,7 +192,7 @@ def move(
 ) -> None:
     """Write a prompt's chunks to a lower tier and drop them from the CPU tier."""
     where = _Where(url, worker, at, token, report_token)
-    _run("move", where, what=request, chunks=chunk, as_json=as_json, tier=tier)
+    _run("move", where, what=request, chunks=chunk, as_json=as_json, tag=tag, tier=tier)
 
 
 @cache.command()
@@ -189,5 +211,5 @@ def stats(
 
 def _said_what(request: str, chunks: list[str] | None, *, everything: bool) -> None:
     if everything == bool(request or chunks):
-        typer.echo("warmroute: name a request, chunks (--chunk), or everything (--all)", err=True)
+        typer.echo("warmroute: name a request, chunks (--chunk), a tag (--tag), or everything (--all)", err=True)
         raise typer.Exit(2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from router.cache_control import EVERYTHING, MOST_CHUNKS, ask_worker, summary
@@ -38,8 +39,8 @@ class Target:
         Raises:
             CacheError: nobody could be asked.
         """
-        if what and chunks:
-            raise CacheError("give a request or chunks, not both")
+        if bool(what) + bool(chunks) + bool(arguments.get("tag")) > 1:
+            raise CacheError("give a request, chunks or a tag, not more than one of them")
         given = {name: value for name, value in arguments.items() if value not in (None, "", False)}
         if self._worker:
             if self._at:
@@ -72,7 +73,7 @@ class Target:
         except ValueError as error:
             raise CacheError(f"--worker {self._worker!r} is no report port: {error}") from error
         sent = arguments | ({"chunks": chunks} if chunks else {})
-        if operation == "warm" and not chunks:
+        if operation == "warm" and not (chunks or "tag" in arguments):
             sent = {"newest": EVERYTHING} | sent
         result, failure = asyncio.run(ask_worker(address, operation, sent, self._report_token))
         entry: dict[str, Any] = {"worker": self._worker}
@@ -126,11 +127,13 @@ def _show(console: Console, operation: str, entries: list[dict[str, Any]]) -> No
         _show_stats(console, entries)
     elif operation == "pins":
         _show_pins(console, entries)
+    elif operation == "tags":
+        _show_tags(console, entries)
     else:
         _show_changes(console, entries)
     for entry in entries:
         if "error" in entry:
-            console.print(f"[red]{entry['worker']}[/]: {entry['error']}", highlight=False)
+            console.print(f"[red]{escape(entry['worker'])}[/]: {escape(str(entry['error']))}", highlight=False)
 
 
 def _show_lookup(console: Console, entries: list[dict[str, Any]]) -> None:
@@ -172,6 +175,14 @@ def _show_pins(console: Console, entries: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _show_tags(console: Console, entries: list[dict[str, Any]]) -> None:
+    table = _table("worker", "tag", "chunks")
+    for entry in _answered(entries):
+        for tag, count in entry["result"]["tags"].items():
+            table.add_row(entry["worker"], escape(tag), _number(count))
+    console.print(table)
+
+
 def _show_changes(console: Console, entries: list[dict[str, Any]]) -> None:
     answered = _answered(entries)
     names = list(dict.fromkeys(name for entry in answered for name, value in entry["result"].items() if _plain(value)))
@@ -196,7 +207,7 @@ def _table(*columns: str) -> Table:
     table = Table(header_style="bold")
     for name in columns:
         table.add_column(
-            name, justify="left" if name in ("worker", "tier", "chunk", "state") else "right", overflow="fold"
+            name, justify="left" if name in ("worker", "tier", "chunk", "tag", "state") else "right", overflow="fold"
         )
     return table
 

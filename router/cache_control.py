@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from router.choosing import Plan
 
 PromptKind = Literal["chat", "completions", "messages", "responses", "generate"]
-Operation = Literal["lookup", "clear", "pin", "unpin", "pins", "warm", "move", "stats"]
+Operation = Literal["lookup", "clear", "pin", "unpin", "pins", "tags", "warm", "move", "stats"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 DEADLINE_S = 5.0
 """How long one worker may take to answer."""
@@ -35,13 +35,14 @@ _AT_ONCE = 64
 _NEEDS_CHUNKS = frozenset({"lookup", "pin", "move"})
 _TAKES_CHUNKS = _NEEDS_CHUNKS | {"clear", "unpin", "warm"}
 _OPTIONS: dict[str, frozenset[str]] = {
-    "lookup": frozenset({"ask"}),
-    "clear": frozenset({"tier"}),
-    "pin": frozenset({"seconds"}),
-    "unpin": frozenset(),
+    "lookup": frozenset({"ask", "tag"}),
+    "clear": frozenset({"tag", "tier"}),
+    "pin": frozenset({"seconds", "tag"}),
+    "unpin": frozenset({"tag"}),
     "pins": frozenset({"limit"}),
-    "warm": frozenset({"newest", "tier", "seconds"}),
-    "move": frozenset({"tier"}),
+    "tags": frozenset({"limit"}),
+    "warm": frozenset({"newest", "seconds", "tag", "tier"}),
+    "move": frozenset({"tag", "tier"}),
     "stats": frozenset(),
 }
 
@@ -54,6 +55,7 @@ class Options(BaseModel):
     worker: str | None = None
     endpoint: PromptKind | None = None
     tier: Literal["cpu", "disk", "remote"] | None = None
+    tag: str | None = Field(default=None, min_length=1, max_length=128)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     newest: int | None = Field(default=None, ge=1, le=EVERYTHING)
     limit: int | None = Field(default=None, ge=1, le=10_000)
@@ -97,10 +99,11 @@ async def control(gateway: "Gateway", operation: Operation, raw: bytes, options:
     """
     arguments = options.arguments(operation)
     named = await _named(gateway, operation, raw, options)
-    if operation == "warm" and named.chunks is None and named.plan is None:
-        arguments.setdefault("newest", EVERYTHING)
-    elif "newest" in arguments:
-        raise InvalidRequest("name chunks or newest, not both", param="newest")
+    names = sum((named.chunks is not None or named.plan is not None, "tag" in arguments, "newest" in arguments))
+    if names > 1:
+        raise InvalidRequest("name chunks, a tag or newest, not more than one of them")
+    if operation == "warm" and not names:
+        arguments["newest"] = EVERYTHING
     order = _Order(operation, named, arguments, gateway.settings.report_token.get_secret_value())
     limit = asyncio.Semaphore(_AT_ONCE)
 
@@ -179,8 +182,8 @@ def _chunks_of(gateway: "Gateway", worker: Worker, plan: "Plan") -> list[bytes] 
 
 async def _named(gateway: "Gateway", operation: Operation, raw: bytes, options: Options) -> Named:
     if not raw.strip():
-        if operation in _NEEDS_CHUNKS:
-            raise InvalidRequest(f"{operation} needs a request body with a prompt, or {{'chunks': [digests]}}")
+        if operation in _NEEDS_CHUNKS and options.tag is None:
+            raise InvalidRequest(f"{operation} needs a request body with a prompt or {{'chunks': [digests]}}, or a tag")
         return Named()
     if operation not in _TAKES_CHUNKS:
         raise InvalidRequest(f"{operation} takes no body")

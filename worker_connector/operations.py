@@ -11,7 +11,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from kv_protocol.errors import MalformedFrame
 from kv_protocol.hashing import HASH_BYTES
@@ -22,6 +22,7 @@ from worker_connector.lookups import Lookups
 from worker_connector.lower import LowerTiers
 from worker_connector.pins import Pins
 from worker_connector.stats import Counts
+from worker_connector.tags import Tags
 
 MOST_PIN_SECONDS = 366 * 86_400.0
 _MOST_QUEUED = 64
@@ -40,6 +41,7 @@ class Operations:
         ledger: Ledger,
         lower: LowerTiers,
         pins: Pins,
+        tags: Tags,
         *,
         totals: Callable[[], Counts] = dict,
         lookups: Callable[[], Lookups | None] = lambda: None,
@@ -47,6 +49,7 @@ class Operations:
         self._ledger = ledger
         self._lower = lower
         self._pins = pins
+        self._tags = tags
         self._totals = totals
         self._lookups = lookups
         self._queue: deque[Callable[[], object]] = deque()
@@ -61,6 +64,7 @@ class Operations:
             "pin": self.pin,
             "unpin": self.unpin,
             "pins": self.pins,
+            "tags": self.tags,
             "warm": self.warm,
             "move": self.move,
         }
@@ -127,8 +131,8 @@ class Operations:
     def lookup(self, arguments: Arguments) -> dict[str, list[str]]:
         """Which tiers hold each chunk, the fastest first. With ``ask``, lower tiers are asked for what is on no record
         of theirs, which takes ``lookup_timeout`` at most."""
-        _only(arguments, "chunks", "ask")
-        chunks = _chunks(arguments)
+        _only(arguments, "chunks", "tag", "ask")
+        chunks = self._chosen(arguments) or []
         if _flag(arguments, "ask"):
             self._ask(chunks)
         found: dict[str, list[str]] = {}
@@ -152,13 +156,19 @@ class Operations:
             ]
             return {"count": len(self._pins), "pins": listed}
 
+    def tags(self, arguments: Arguments) -> dict[str, Any]:
+        """How many chunks are known by each of up to ``limit`` tags, those used last first."""
+        _only(arguments, "limit")
+        limit = _count(arguments, "limit", 1000, most=_MOST_LISTED)
+        return {"count": len(self._tags), "tags": self._tags.counts(limit)}
+
     # ---- what goes ----------------------------------------------------------------------------------------------
 
     def clear(self, arguments: Arguments) -> dict[str, Any]:
         """Drop the chunks named, or all of them, from one tier or from all behind the GPU. Pins on them end where the
         CPU tier is meant too."""
-        _only(arguments, "chunks", "tier")
-        chunks = _chunks(arguments) if "chunks" in arguments else None
+        _only(arguments, "chunks", "tag", "tier")
+        chunks = self._chosen(arguments)
         tiers = [self._named(arguments)] if arguments.get("tier") else [CPU, *self._lower.names]
         with self._ledger.lock:
             removed = {tier: self._clear_tier(tier, chunks) for tier in tiers}
@@ -190,13 +200,14 @@ class Operations:
 
     def pin(self, arguments: Arguments) -> dict[str, int]:
         """Keep chunks from eviction from the CPU tier, for ``seconds`` or until they are unpinned."""
-        _only(arguments, "chunks", "seconds")
-        return self._pins.pin(_chunks(arguments, needed=True), _seconds(arguments))._asdict()
+        _only(arguments, "chunks", "tag", "seconds")
+        return self._pins.pin(self._chosen(arguments, needed=True), _seconds(arguments))._asdict()
 
     def unpin(self, arguments: Arguments) -> dict[str, int]:
         """End pins: those of the chunks named, or all."""
-        _only(arguments, "chunks")
-        ended = self._pins.unpin(_chunks(arguments)) if "chunks" in arguments else self._pins.clear()
+        _only(arguments, "chunks", "tag")
+        chunks = self._chosen(arguments)
+        ended = self._pins.unpin(chunks) if chunks is not None else self._pins.clear()
         return {"changed": ended}
 
     # ---- what comes, and what moves -----------------------------------------------------------------------------
@@ -204,12 +215,11 @@ class Operations:
     def warm(self, arguments: Arguments) -> dict[str, Any]:
         """Bring chunks into the CPU tier: those named, or the ``newest`` so many of the lower tiers. Named ones may
         displace others, newest ones take free slots only."""
-        _only(arguments, "chunks", "newest", "tier", "seconds")
+        _only(arguments, "chunks", "tag", "newest", "tier", "seconds")
         seconds, tiers = _seconds(arguments), self._below(arguments)
-        if "chunks" in arguments:
-            chunks = _chunks(arguments)
-            self._ask(chunks)
-            return self._warm(chunks, tiers, evict=True, seconds=seconds)
+        if (chosen := self._chosen(arguments)) is not None:
+            self._ask(chosen)
+            return self._warm(chosen, tiers, evict=True, seconds=seconds)
         newest = _count(arguments, "newest", 0)
         with self._ledger.lock:
             most = max(0, min(newest, self._ledger.free_slots - len(self._warming)))
@@ -241,8 +251,8 @@ class Operations:
     def move(self, arguments: Arguments) -> dict[str, Any]:
         """Write chunks of the CPU tier to a lower tier, the fastest if none is named, and drop each from the CPU tier
         when it is there. Pinned ones stay."""
-        _only(arguments, "chunks", "tier")
-        chunks, tier = _chunks(arguments, needed=True), self._below(arguments)[0]
+        _only(arguments, "chunks", "tag", "tier")
+        chunks, tier = self._chosen(arguments, needed=True), self._below(arguments)[0]
         with self._ledger.lock:
             held = [slot for chunk in chunks if (slot := self._ledger.lookup(chunk)) is not None]
             able = [slot.chunk for slot in held if not (slot.hidden or slot.confined or slot.kept)]
@@ -264,6 +274,20 @@ class Operations:
                 f"{_MOST_QUEUED} operations wait for the engine's next step already: it has no requests, so send it one"
             )
         self._queue.append(work)
+
+    @overload
+    def _chosen(self, arguments: Arguments, *, needed: Literal[True]) -> list[bytes]: ...
+
+    @overload
+    def _chosen(self, arguments: Arguments) -> list[bytes] | None: ...
+
+    def _chosen(self, arguments: Arguments, *, needed: bool = False) -> list[bytes] | None:
+        """The chunks that a request names, by themselves or by a tag; None where it names none."""
+        if "tag" not in arguments:
+            return _chunks(arguments, needed=needed) if needed or "chunks" in arguments else None
+        if "chunks" in arguments or not isinstance(arguments["tag"], str):
+            raise ImpossibleOperation("tag is a name, and stands in the place of chunks")
+        return self._tags.chunks(arguments["tag"])
 
     def _ask(self, chunks: Sequence[bytes]) -> None:
         """Have the lower tiers asked for what nobody is known to hold; returns with their answer, or in time without."""

@@ -40,6 +40,7 @@ from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot
 from worker_connector.lower import LowerTiers, TierRules
 from worker_connector.plan import PLAIN, LoadJob, Span, StepPlan, WorkerReport
+from worker_connector.request_controls import Controls
 from worker_connector.request_state import Adapter, RequestState, external_id
 from worker_connector.saves import TAIL_CHUNKS, Saves
 from worker_connector.stats import Stats
@@ -88,7 +89,7 @@ class Planner:
         self.stats = stats or Stats()
         self.estimator = Estimator()
         self.publish = publish
-        self.keep: Callable[[list[bytes], float], object] = lambda _chunks, _seconds: None
+        self.mark: Callable[[list[bytes], Controls], object] = lambda _chunks, _controls: None
         self.gpu_usage = gpu_usage
         self._config = config
         self._size = config.chunk_size
@@ -179,8 +180,8 @@ class Planner:
         with self.lock:
             state = self._requests.pop(request_id, None)
             self.lower.forget(request_id)
-            if state is not None and state.controls.keep and state.eligible:
-                self.keep(state.extend(), state.controls.keep)
+            if state is not None and (state.controls.keep or state.controls.tags) and state.eligible:
+                self.mark(state.extend(), state.controls)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 MOST_KEEP_SECONDS = 86_400.0
 """A request can have its chunks kept for so long at most."""
+MOST_TAGS = 8
+LONGEST_TAG = 128
 _MOST_SAID = 64
 
 _log = logging.getLogger("vllm.warmroute.requests")
@@ -18,11 +20,13 @@ _said: set[str] = set()
 
 class Controls(NamedTuple):
     """``skip_save``: nothing of the request is saved. ``skip_load``: nothing is loaded for it. ``keep``: for so many
-    seconds after it ended, its chunks in the CPU tier are not evicted."""
+    seconds after it ended, its chunks in the CPU tier are not evicted. ``tags``: names by which operators can name its
+    chunks."""
 
     skip_save: bool = False
     skip_load: bool = False
     keep: float = 0.0
+    tags: tuple[str, ...] = ()
 
 
 NONE = Controls()
@@ -59,8 +63,21 @@ def _seconds(value: Any) -> float | None:
     return None if value == math.inf else min(seconds, MOST_KEEP_SECONDS)
 
 
-_PARSERS: dict[Any, Callable[[Any], Any]] = {"skip_save": _flag, "skip_load": _flag, "keep": _seconds}
+def _tags(value: Any) -> tuple[str, ...] | None:
+    if not isinstance(value, list | tuple) or len(value) > MOST_TAGS:
+        return None
+    tags = tuple(tag for tag in value if isinstance(tag, str) and 0 < len(tag) <= LONGEST_TAG)
+    return tags if len(tags) == len(value) else None
+
+
+_PARSERS: dict[Any, Callable[[Any], Any]] = {
+    "skip_save": _flag,
+    "skip_load": _flag,
+    "keep": _seconds,
+    "tags": _tags,
+}
 _WANTED = {"skip_save": "true or false", "skip_load": "true or false", "keep": "a number of seconds, 0 or more"}
+_WANTED["tags"] = f"a list of up to {MOST_TAGS} names of up to {LONGEST_TAG} characters"
 
 
 def _say(name: str, text: str) -> None:

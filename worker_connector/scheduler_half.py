@@ -4,7 +4,6 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,8 +22,10 @@ from worker_connector.plan import StepPlan, WorkerReport
 from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.report_server import ReportServer, Timing
+from worker_connector.request_controls import Controls
 from worker_connector.shape import identity_of, shape_of
 from worker_connector.stats import Counts, Stats
+from worker_connector.tags import Tags
 from worker_connector.tier_stores import capacity_of, open_stores, rules_of
 
 WARMUP_SECONDS = 30.0
@@ -75,9 +76,10 @@ class SchedulerHalf:
         )
 
         self.pins = Pins(self.ledger)
-        self.planner.keep = partial(self.pins.pin, share=REQUESTS_SHARE, extend=True)
+        self.tags = Tags(self.ledger)
+        self.planner.mark = self._mark
         self.operations = Operations(
-            self.ledger, self.planner.lower, self.pins, totals=self._totals, lookups=lambda: self._lookups
+            self.ledger, self.planner.lower, self.pins, self.tags, totals=self._totals, lookups=lambda: self._lookups
         )
 
     def bind(self, manager: Any) -> None:
@@ -154,6 +156,13 @@ class SchedulerHalf:
             if may_store:
                 _log.warning("KV blocks of this model are not offloaded, the engine runs as without them: %s", reason)
             return (), None
+
+    def _mark(self, chunks: list[bytes], controls: Controls) -> None:
+        """A request that asked for something ended."""
+        if controls.keep:
+            self.pins.pin(chunks, controls.keep, share=REQUESTS_SHARE, extend=True)
+        if controls.tags:
+            self.tags.add(controls.tags, chunks)
 
     def _drain(self) -> None:
         if self._gpu is not None:

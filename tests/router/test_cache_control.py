@@ -69,7 +69,10 @@ def test_simulated_chunks_and_everything_go_to_all_workers() -> None:
             await post(gateway, "warm", newest=5, worker="b")
             assert last(b)[1] == {"newest": 5}
             assert last(a)[1] == {"newest": cache_control.EVERYTHING}
-            for operation in ("stats", "pins", "unpin"):
+            for operation in ("lookup", "pin", "move", "clear", "unpin", "warm"):
+                await post(gateway, operation, tag="red")
+                assert last(a) == (operation, {"tag": "red"}, [])
+            for operation in ("stats", "pins", "tags", "unpin"):
                 await post(gateway, operation)
                 assert last(a) == (operation, {}, [])
 
@@ -134,8 +137,11 @@ def test_simulated_workers_that_fail_are_entries_and_hold_nobody_up(monkeypatch:
         ("clear", None, {"worker": "nobody"}, 404, "there are: a"),
         ("clear", None, {"wroker": "a"}, 400, "wroker"),
         ("stats", {"chunks": ["00" * 16]}, {}, 400, "takes no body"),
-        ("warm", {"chunks": ["00" * 16]}, {"newest": 3}, 400, "not both"),
+        ("warm", {"chunks": ["00" * 16]}, {"newest": 3}, 400, "not more than one"),
         ("pin", {"chunks": ["00" * 16]}, {"seconds": "nan"}, 400, "seconds"),
+        ("clear", {"chunks": ["00" * 16]}, {"tag": "red"}, 400, "not more than one"),
+        ("clear", None, {"tag": ""}, 400, "tag"),
+        ("stats", None, {"tag": "red"}, 400, "does not take tag"),
         ("explode", None, {}, 400, "operation"),
     ],
 )
@@ -227,6 +233,8 @@ def answer_as_a_worker(call: Call) -> Reply:
         disk = {"bandwidth": 2.5e9, "serving": True, "writing": "full", "scanned": False}
         held = {"gpu": 1, "cpu": 20, "disk": 3000}
         return Reply(call.id, {"counts": counts, "held_chunks": held, "tiers": {"disk": disk}})
+    if call.operation == "tags":
+        return Reply(call.id, {"count": 1, "tags": {"[red]": 12}})
     if call.operation == "pins":
         pins = [
             {"chunk": "ab" * 16, "expires_in_s": 61.2, "held": True},
@@ -240,6 +248,13 @@ def answer_as_a_worker(call: Call) -> Reply:
     return Reply(call.id, {"removed": 1234, "tiers": {"disk": 1234}, "queued": ["disk"]})
 
 
+async def command(*arguments: str, status: int = 0) -> str:
+    """What ``warmroute cache`` prints."""
+    result = await asyncio.to_thread(CliRunner(env={"COLUMNS": "160"}).invoke, app, ["cache", *arguments])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
 def test_simulated_the_command_asks_a_gateway_or_a_worker(tmp_path: Path) -> None:
     async def scenario() -> None:
         a, b = await SimulatedWorker().start(), await SimulatedWorker().start()
@@ -249,11 +264,6 @@ def test_simulated_the_command_asks_a_gateway_or_a_worker(tmp_path: Path) -> Non
         async with running_gateway(a, b, admin_token="t0ken") as gateway:
             at_gateway = ["--url", f"http://127.0.0.1:{gateway.port}", "--token", "t0ken"]
             at_worker = ["--worker", f"127.0.0.1:{a.report_port}"]
-
-            async def command(*arguments: str, status: int = 0) -> str:
-                result = await asyncio.to_thread(CliRunner(env={"COLUMNS": "160"}).invoke, app, ["cache", *arguments])
-                assert result.exit_code == status, result.output
-                return result.output
 
             chunks = len(a.hashes(TEXT))
             shown = json.loads(await command("lookup", str(file), "--json", *at_gateway))
@@ -279,17 +289,33 @@ def test_simulated_the_command_asks_a_gateway_or_a_worker(tmp_path: Path) -> Non
             await command("move", str(file), "--tier", "disk", *at_gateway)
             assert last(a) == ("move", {"tier": "disk"}, a.hashes(TEXT))
 
-            asked = len(a.calls)
+            assert "[red]" in await command("tags", *at_gateway)
+            await command("clear", "--tag", "red", *at_gateway)
+            assert a.calls[-1].arguments == {"tag": "red"}
+            await command("warm", "--tag", "red", *at_worker)
+            assert a.calls[-1].arguments == {"tag": "red"}
+
+    run(scenario())
+
+
+def test_simulated_the_command_asks_nobody_where_it_was_not_told_enough(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        a, b = await SimulatedWorker().start(), await SimulatedWorker().start()
+        file = tmp_path / "request.json"
+        file.write_text(json.dumps(chat_body(TEXT)))
+        async with running_gateway(a, b, admin_token="t0ken") as gateway:
+            at_gateway = ["--url", f"http://127.0.0.1:{gateway.port}", "--token", "t0ken"]
+            at_worker = ["--worker", f"127.0.0.1:{a.report_port}"]
             assert "--all" in await command("clear", *at_gateway, status=2)
             assert "--all" in await command("clear", str(file), "--all", *at_gateway, status=2)
             assert "knows no prompts" in await command("lookup", str(file), *at_worker, status=2)
             assert "WARMROUTE_ADMIN_TOKEN" in await command("stats", *at_gateway[:2], status=2)
             assert "cannot read" in await command("pin", str(tmp_path / "absent"), *at_gateway, status=2)
-            assert "not both" in await command("pin", str(file), "--chunk", "ab" * 16, *at_gateway, status=2)
+            assert "not more than one" in await command("pin", str(file), "--chunk", "ab" * 16, *at_gateway, status=2)
             assert "one of them" in await command("stats", "--at", "a", *at_worker, status=2)
             assert "no gateway answers" in await command("stats", "--url", "http://127.0.0.1:9", status=2)
-            assert len(a.calls) == asked
-            b.operate = lambda call: Reply(call.id, error="unpin: no")
-            assert "unpin: no" in await command("unpin", "--all", *at_gateway, status=1)
+            assert not a.calls
+            b.operate = lambda call: Reply(call.id, error="unpin: no [red]")
+            assert "b: unpin: no [red]" in await command("unpin", "--all", *at_gateway, status=1)
 
     run(scenario())

@@ -12,6 +12,7 @@ from worker_connector.ledger import CPU
 from worker_connector.lower import TierRules
 from worker_connector.operations import Operations
 from worker_connector.pins import Pins
+from worker_connector.tags import Tags
 
 TIERS = (TierRules(name="disk"), TierRules(name="remote"))
 BACK = (TierRules(name="disk", writes="back"),)
@@ -25,7 +26,9 @@ class Controlled:
         self.ledger = self.engine.ledger
         lower = self.engine.planner.lower
         self.pins = Pins(self.ledger, lambda: self.engine.now)
-        self.operations = Operations(self.ledger, lower, self.pins, totals=self.engine.planner.stats.total)
+        self.tags = Tags(self.ledger)
+        self.engine.planner.mark = lambda chunks, controls: self.tags.add(controls.tags, chunks)
+        self.operations = Operations(self.ledger, lower, self.pins, self.tags, totals=self.engine.planner.stats.total)
 
     def __call__(self, operation: str, /, **arguments: Any) -> Any:
         return self.operations.table()[operation](arguments)
@@ -277,6 +280,25 @@ def test_an_engine_keeps_stepping_while_warming_goes_on_and_no_longer() -> None:
     control.engine.hold_tiers = False
     control.settle()
     assert control.ledger.counts()[CPU] == 4
+
+
+def test_a_tag_stands_for_the_chunks_of_its_requests() -> None:
+    control = Controlled()
+    for number, tags in ((1, ["red"]), (2, ["red", "blue"]), (3, [])):
+        tagged = {"kv_transfer_params": {"warmroute": {"tags": tags}}}
+        control.engine.serve(f"r{number}", prompt(number, 2 * CHUNK + 1), **tagged)
+    control.settle()
+    assert control("tags") == {"count": 2, "tags": {"blue": 2, "red": 4}}
+    assert len(control("lookup", tag="red")) == 4
+    assert control("pin", tag="blue")["changed"] == 2
+    assert control("unpin", tag="red")["changed"] == 2
+    assert control("clear", tag="never used", tier="cpu")["removed"] == 0
+    assert control("clear", tag="blue", tier="cpu")["removed"] == 2
+    assert control("warm", tag="red")["chunks"] == 2
+    control.settle()
+    assert control("move", tag="red")["chunks"] == 4
+    with pytest.raises(ImpossibleOperation, match="in the place of chunks"):
+        control("clear", tag="red", chunks=[])
 
 
 def test_a_chunk_named_twice_counts_once() -> None:

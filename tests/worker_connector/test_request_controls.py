@@ -31,6 +31,9 @@ def with_controls(**controls: Any) -> dict[str, Any]:
 
 def test_what_makes_sense_is_taken() -> None:
     assert read({"skip_save": True, "keep": 60}) == Controls(skip_save=True, keep=60.0)
+    assert read({"tags": ["a", "b"]}).tags == ("a", "b")
+    for no_tags in ("a", ["a", 1], [""], ["a" * 129], ["a"] * 9, {"a": 1}):
+        assert read({"tags": no_tags}) == NONE
     assert read({"skip_load": True}) == Controls(skip_load=True)
     for seconds in (1e12, 10**400, MOST_KEEP_SECONDS):
         assert read({"keep": seconds}).keep == MOST_KEEP_SECONDS
@@ -51,7 +54,7 @@ def test_what_makes_none_is_ignored_and_said_once(caplog: pytest.LogCaptureFixtu
             assert read(wrong) == Controls(skip_load=True)
             assert read("fast") is NONE
     assert len(caplog.messages) == 4
-    assert "'priority' is unknown and ignored; known: skip_save, skip_load, keep" in caplog.text
+    assert "'priority' is unknown and ignored; known: skip_save, skip_load, keep, tags" in caplog.text
     assert "skip_save is true or false" in caplog.text
 
 
@@ -99,7 +102,7 @@ def test_a_request_that_is_not_to_load_computes_and_asks_no_tier() -> None:
 def test_chunks_are_kept_after_their_request_for_its_time_and_within_its_share() -> None:
     engine = Engine(slots=16)
     pins = Pins(engine.ledger, lambda: engine.now)
-    engine.planner.keep = lambda chunks, seconds: pins.pin(chunks, seconds, share=REQUESTS_SHARE, extend=True)
+    engine.planner.mark = lambda chunks, asked: pins.pin(chunks, asked.keep, share=REQUESTS_SHARE, extend=True)
     engine.serve("a", prompt(1, 2 * CHUNK + 1), **with_controls(keep=1000))
     kept = set(engine.ledger.content()[CPU])
     for number in range(2, 12):
