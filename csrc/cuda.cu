@@ -261,7 +261,9 @@ const char *wr_explain(const wr_context *context) {
 int32_t wr_describe(const wr_context *context, char *text, size_t size) {
     if (context == nullptr || text == nullptr || size == 0) return WR_INVALID;
     const wr_context &c = *context;
-    const char *batched = driver().copy_batch != nullptr ? "batched copies" : "copies one by one (driver before CUDA 12.8)";
+    const char *batched = driver().copy_batch == nullptr ? "copies one by one (driver before CUDA 12.8)"
+                          : c.batches                    ? "batched copies"
+                                                         : "copies one by one (batches refused)";
     snprintf(text, size,
              "%s (sm_%d%d, %d multiprocessors), driver for CUDA %d.%d, %d thread blocks, %s, copy engines from %llu KiB for "
              "loads and %llu KiB for saves (%s)",

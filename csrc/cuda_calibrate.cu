@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kProbeBytes = 16 << 20;
 constexpr int64_t kLeast = 4 << 10, kMost = 1 << 20;
 constexpr int kSizes = 9, kRounds = 3;
-constexpr float kEngineMargin = 1.03f; // how much slower the engines may be
+constexpr float kEngineMargin = 1.10f; // how much slower the engines may be: starting a batch alone is 3 % of a probe
 constexpr int64_t kSmall = 32 << 10;   // up to here, sizes decide between the two kernel paths
 
 struct Probe {

@@ -68,6 +68,7 @@ struct wr_context {
     int32_t major = 0, minor = 0, processors = 0, node = -1;
     uint64_t load_cutoff = wr::cuda::kDefaultCutoff, save_cutoff = wr::cuda::kDefaultCutoff;
     bool calibrated = false, staged_saves = true, staged_loads = false;
+    bool batches = true; // until the driver says that it cannot
 
     cudaStream_t side = nullptr; // copies between staging and host
     cudaEvent_t begun = nullptr, done = nullptr;

@@ -6,6 +6,16 @@ namespace cuda {
 
 namespace {
 
+int32_t copy_singly(wr_context &context, const Copies &copies, cudaStream_t stream) {
+    for (size_t i = 0; i < copies.sizes.size(); ++i)
+        WR_CHECKED(context,
+                   cudaMemcpyAsync(reinterpret_cast<void *>(copies.targets[i]),
+                                   reinterpret_cast<const void *>(copies.sources[i]), copies.sizes[i], cudaMemcpyDefault,
+                                   stream),
+                   "enqueuing a copy");
+    return WR_OK;
+}
+
 // Copies of the driver's batch call. The source of a load that nothing in the stream writes may be read early; anything
 // else is read in stream order, because a block may be written until the very moment of its save.
 int32_t copy_batch(wr_context &context, Copies &copies, bool early, cudaStream_t stream) {
@@ -17,18 +27,12 @@ int32_t copy_batch(wr_context &context, Copies &copies, bool early, cudaStream_t
         reinterpret_cast<CUdeviceptr *>(copies.targets.data()), reinterpret_cast<CUdeviceptr *>(copies.sources.data()),
         reinterpret_cast<size_t *>(copies.sizes.data()), copies.sizes.size(), &attributes, &first, 1, &failed, stream);
     if (result == CUDA_SUCCESS) return WR_OK;
+    if (result == CUDA_ERROR_NOT_SUPPORTED) { // as on some virtual GPUs
+        context.batches = false;
+        return copy_singly(context, copies, stream);
+    }
     return refuse(context.reason, WR_DEVICE, "the driver refused a batch of %zu copies (error %d, copy %zd)",
                   copies.sizes.size(), static_cast<int>(result), static_cast<ssize_t>(failed));
-}
-
-int32_t copy_singly(wr_context &context, const Copies &copies, cudaStream_t stream) {
-    for (size_t i = 0; i < copies.sizes.size(); ++i)
-        WR_CHECKED(context,
-                   cudaMemcpyAsync(reinterpret_cast<void *>(copies.targets[i]),
-                                   reinterpret_cast<const void *>(copies.sources[i]), copies.sizes[i], cudaMemcpyDefault,
-                                   stream),
-                   "enqueuing a copy");
-    return WR_OK;
 }
 
 // No copy may straddle two registrations.
@@ -49,7 +53,8 @@ void split_at_registrations(Copies &copies) {
 int32_t enqueue(wr_context &context, Copies &copies, bool early, cudaStream_t stream) {
     if (copies.sizes.empty()) return WR_OK;
     split_at_registrations(copies);
-    if (copies.sizes.size() > 1 && driver().copy_batch != nullptr) return copy_batch(context, copies, early, stream);
+    const bool batch = context.batches && driver().copy_batch != nullptr && copies.sizes.size() > 1;
+    if (batch) return copy_batch(context, copies, early, stream);
     return copy_singly(context, copies, stream);
 }
 

@@ -122,6 +122,15 @@ def test_pieces_of_a_staging_slot(rig: Rig, blocks: int) -> None:
 
 
 @pytest.mark.slow
+def test_a_driver_that_refuses_batches_copies_singly(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMULATED_REFUSED_BATCHES", "1")
+    view = layouts.dense("LBHNC", Shape(layers=2, blocks=8, heads=2, tokens=16, k=64, v=64, dtype=BF16))
+    round_trip(rig, view, [oracle.Span((5, 1, 3), 0, 3)], 4)
+    if rig.backend.name == "emulated-copy-engine":
+        assert "batches refused" in rig.describe()
+
+
+@pytest.mark.slow
 def test_streams_of_one_context_follow_each_other(rig: Rig) -> None:
     view = layouts.dense("LBHNC", Shape(layers=2, blocks=30, heads=2, tokens=16, k=1024, v=1024, dtype=BF16))
     part = oracle.whole(view, 15)

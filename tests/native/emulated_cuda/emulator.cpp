@@ -187,6 +187,7 @@ CUresult set_current(CUcontext context) {
 
 CUresult copy_batch(CUdeviceptr *targets, CUdeviceptr *sources, size_t *sizes, size_t count, CUmemcpyAttributes *attributes,
                     size_t *first, size_t attribute_count, size_t *, cudaStream_t stream) {
+    if (getenv("EMULATED_REFUSED_BATCHES") != nullptr) return CUDA_ERROR_NOT_SUPPORTED;
     if (stream == nullptr || count == 0 || attribute_count != 1 || *first != 0) return CUDA_ERROR_INVALID_VALUE;
     std::vector<size_t> order(count);
     for (size_t i = 0; i < count; ++i) {
