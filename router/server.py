@@ -18,6 +18,7 @@ from typing import Any
 
 import httptools
 import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from router.client import CONNECTION, Headers
@@ -184,6 +185,18 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         if self.draining:
             self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """As uvicorn's, but the first piece is not copied: mostly it is the whole body, or half of a long one."""
+        cycle: Any = self.cycle
+        if cycle.body:
+            cycle.body = bytearray(cycle.body) if type(cycle.body) is bytes else cycle.body
+            super().on_body(body)
+        elif not cycle.response_complete and not (self.parser.should_upgrade() and self._should_upgrade()):
+            cycle.body = body
+            if len(body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         cycle = self.cycle
