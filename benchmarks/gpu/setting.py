@@ -60,10 +60,10 @@ class Setting:
         unfinished.replace(self.file)
 
     def known(self, part: str, name: str) -> bool:
-        """Whether an earlier run has it already. What failed is tried again."""
+        """Whether an earlier run has it already. What failed, or had no time, is tried again."""
         outcome = self.results.get(part, {}).get(name)
-        failed = isinstance(outcome, dict) and outcome.get("ok") is False
-        return not self.again and outcome is not None and not failed
+        ended_well = not isinstance(outcome, dict) or outcome.get("ok", True)
+        return not self.again and outcome is not None and bool(ended_well)
 
     def fail(self, step: str, error: Exception) -> None:
         """Note what kept a step from its outcome."""
@@ -110,6 +110,7 @@ class Running:
         return {
             "ok": code == 0,
             "exit": code,
+            "late": isinstance(code, str),
             "seconds": round(time.monotonic() - self.began, 1),
             "command": " ".join(self.command),
             "end": lines[-25:] if code != 0 else lines[-3:],
