@@ -304,6 +304,14 @@ class LowerTiers:
                 if slot is not None and not slot.hidden and not slot.confined:
                     self._remember(name, slot)
 
+    def _remember_above(self, tier: str, slot: Slot) -> None:
+        """What had to come from a slower tier goes to the faster ones that lack it."""
+        for name, rules in self._tiers.items() if self._may_save else ():
+            if name == tier:
+                return
+            if rules.writes != "none" and not rules.second_touch:
+                self._remember(name, slot)
+
     def _remember(self, tier: str, slot: Slot) -> None:
         if self._is_too_exact(tier, slot):
             return
@@ -463,6 +471,7 @@ class LowerTiers:
                 slot.missing = result.missing.get(slot.chunk, self._whole)
                 slot.approximate = slot.chunk in result.lossy
                 self._ledger.commit(slot)
+                self._remember_above(job.tier, slot)
                 continue
             self._ledger.abandon(slot)
             if cause not in _STORE_WIDE:

@@ -81,6 +81,25 @@ def test_a_bad_copy_is_taken_off_the_record_and_the_next_tier_is_asked(cause: st
     assert counts["missing_chunks" if cause == "missing" else "damaged_chunks"] == {"disk": 2}
 
 
+def test_what_comes_from_a_slower_tier_is_written_to_the_faster_one() -> None:
+    engine, tokens = TieredEngine(rules=(DISK, REMOTE)), prompt(50, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    engine.stores["disk"].clear()
+    engine.serve("b", tokens)
+    assert hits(engine) == {"remote": 2 * CHUNK}
+    assert len(engine.chunks_in("disk")) == 2
+
+
+def test_what_a_store_gave_up_is_off_the_record_even_if_it_was_written_just_before() -> None:
+    engine, tokens = TieredEngine(), prompt(51, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    (first, _) = engine.ledger.newest("disk", 2)
+    with engine.ledger.lock:
+        engine.planner.lower.absorb({}, {"disk": {first}})
+    assert engine.ledger.counts()["disk"] == 1
+
+
 def test_a_store_that_is_away_costs_one_try_and_keeps_its_record() -> None:
     engine, tokens = TieredEngine(), prompt(6, 2 * CHUNK + 1)
     engine.serve("a", tokens)
