@@ -378,10 +378,8 @@ class LowerTiers:
 
     def drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
         """Delete a tier's copies: of these chunks, or all of this engine's identity."""
-        if chunks:
-            self._ledger.removed(tier, chunks)
-        else:
-            self._ledger.cleared(tier)
+        self._take_off_record(tier, chunks)
+        if not chunks:
             self._unwritten[tier].clear()
             self._leaving[tier] &= self._writing[tier]
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
@@ -455,6 +453,8 @@ class LowerTiers:
             self._end_fetch(ended)
         elif job.kind == "write":
             self._end_write(ended)
+        else:
+            self._take_off_record(job.tier, [piece.chunk for piece in job.pieces])
         for cause in result.failed.values():
             self._stats.tier_failed(job.tier, job.kind, cause)
         if result.failed and len(result.failed) == len(job.pieces) and _STORE_WIDE & set(result.failed.values()):
@@ -492,6 +492,14 @@ class LowerTiers:
         if result.incompressible:
             self._stats.add("incompressible_chunks", result.incompressible, job.tier)
         self._stats.saved(job.tier, len(written), result.nbytes * self._ranks, result.seconds)
+
+    def _take_off_record(self, tier: str, chunks: Sequence[bytes]) -> None:
+        """These chunks, or all, are deleted. Said when that begins, and when it has ended: a look-up in between may have found
+        some. What is written later is put on record later, since ranks delete and write in the order of the jobs."""
+        if chunks:
+            self._ledger.removed(tier, chunks)
+        else:
+            self._ledger.cleared(tier)
 
     def _leave(self, tier: str, slot: Slot) -> None:
         """Nothing more is done to have a chunk in a tier: if it is there and was to move there, it leaves the CPU tier."""

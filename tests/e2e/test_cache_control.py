@@ -54,12 +54,12 @@ class Bench:
         (entry,) = json.loads(done.stdout)["workers"]
         return entry
 
-    def held(self) -> dict[str, int]:
-        return dict(self.command("lookup", str(self.file))["held"])
+    def held(self, *arguments: str) -> dict[str, int]:
+        return dict(self.command("lookup", str(self.file), *arguments)["held"])
 
-    def wait_for_held(self, condition: Callable[[dict[str, int]], bool]) -> dict[str, int]:
+    def wait_for_held(self, condition: Callable[[dict[str, int]], bool], *arguments: str) -> dict[str, int]:
         deadline = time.monotonic() + 20
-        while not condition(held := self.held()):
+        while not condition(held := self.held(*arguments)):
             assert time.monotonic() < deadline, held
             time.sleep(0.2)
         return held
@@ -113,9 +113,7 @@ def test_a_workers_cache_obeys(small_model: str, tmp_path: Path) -> None:
         assert cleared["tiers"]["disk"] >= chunks
         assert bench.held() == {}
         bench.wake()
-        bench.wait_for_held(lambda held: held == {})
-        asked = bench.command("lookup", str(bench.file), "--ask")
-        assert asked["held"] == {}
+        bench.wait_for_held(lambda held: held == {}, "--ask")
         answer = httpx.post(gateway.url + "/admin/explain", params={"live": True}, json=bench.body, timeout=30)
         (end,) = answer.json()["ends"]
         assert (end["held_chunks"], end["live"]["cause"]) == (0, "absent")

@@ -110,6 +110,19 @@ def test_one_tier_is_cleared_of_some_chunks_or_all(tier: str) -> None:
     assert tier == "cpu" or not control.engine.chunks_in(tier)
 
 
+def test_what_a_look_up_meets_while_it_is_being_deleted_leaves_the_record_again() -> None:
+    control = Controlled(rules=TIERS[:1])
+    held = [bytes.fromhex(chunk) for chunk in control.chunks("a", 1, 3)]
+    for arguments in ({"chunks": [chunk.hex() for chunk in held[:1]]}, {}):
+        control("clear", tier="disk", **arguments)
+        control.engine.hold_tiers = True
+        control.step()
+        control.ledger.stored("disk", held[:1])
+        control.engine.hold_tiers = False
+        control.settle()
+        assert not control.ledger.below(held[0])
+
+
 def test_everything_behind_the_gpu_is_cleared_with_its_pins() -> None:
     control = Controlled()
     held = control.chunks("a", 1, 3)
