@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from hashlib import sha256
+from platform import machine
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from worker_connector.regions import SlotLayout
 from worker_connector.tier_movers import Shape
 
 _TEXT_BYTES = 16
+_PAGE_FIELDS = ("num_heads", "num_states", "state_content_size_bytes", "head_size_v", "kv_quant_mode")
 
 
 def identity_of(
@@ -32,7 +34,30 @@ def identity_of(
         return found
     # Blocks lie in a slot region by region.
     regions = repr([[region.nbytes for region in group] for group in layout.regions])
-    return msgspec.structs.replace(found, layout=f"{found.layout}:{sha256(regions.encode()).hexdigest()[:16]}")
+    inside = f"{regions} {_arrangement(vllm_config, cache)}"
+    return msgspec.structs.replace(found, layout=f"{found.layout}:{sha256(inside.encode()).hexdigest()[:16]}")
+
+
+def _arrangement(vllm_config: Any, cache: Any) -> str:
+    """How K and V lie inside a page, as far as it shows: attention backends have arrangements of their own, and on
+    processors each instruction set has."""
+    device = str(getattr(getattr(vllm_config, "device_config", None), "device_type", ""))
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    specs = [
+        spec
+        for group in cache.kv_cache_groups
+        for spec in getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+    ]
+    pages = [tuple(str(getattr(spec, name, "")) for name in _PAGE_FIELDS) for spec in specs]
+    return repr((device, str(backend), pages, _processor() if device == "cpu" else ""))
+
+
+def _processor() -> str:
+    """What decides how attention on processors arranges its cache."""
+    import torch  # noqa: PLC0415 - there wherever vLLM is
+
+    checks = {name: getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512")}
+    return f"{machine()} {[name for name, check in checks.items() if check is not None and check()]}"
 
 
 def _weights_of(config: ConnectorConfig, vllm_config: Any) -> str:

@@ -48,6 +48,7 @@ BATCH_PIECES = 16
 """Objects per call of a store: so many headers are in memory at once."""
 MADE_BYTES = 64 << 20
 """Payloads that are encoded or compressed ahead of a call of a store, unless that is less than four."""
+_OF_USE_TO_OTHERS = frozenset({Check.CODEC, Check.LAYOUT})
 _DISCARD_SECONDS = 2.0
 _PAGE_SECONDS = 10.0
 
@@ -254,7 +255,7 @@ class TierMovers:
                 found = self._open(name, piece.chunk, header, room, outcome.size)
             except BadObject as error:
                 result.failed[piece.chunk] = self._fault(name, error)
-                if error.check is not Check.CODEC:
+                if error.check not in _OF_USE_TO_OTHERS:
                     bad[key] = str(error)
                 continue
             _accept(result, piece.chunk, found)
@@ -280,18 +281,18 @@ class TierMovers:
         return header
 
     def _fault(self, name: str, error: BadObject) -> str:
-        """A word for an object that is not used. One in a codec that is not read here is good for others."""
-        if error.check is not Check.CODEC:
+        """A word for an object that is not used."""
+        if error.check not in _OF_USE_TO_OTHERS:
             return "bad"
         if name not in self._unread:
             self._unread.add(name)
             _log.warning(
-                "Tier %s has objects that this engine does not read, and computes instead: %s. To take lossy ones from "
-                "an exact tier, set accept_lossy",
+                "Tier %s has objects of engines with other settings, which this one does not read and computes instead: "
+                "%s. To take lossy ones from an exact tier, set accept_lossy",
                 name,
                 error,
             )
-        return "codec"
+        return str(error.check)
 
     def _write(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         tier = self._tiers[name]

@@ -14,7 +14,7 @@ from worker_connector.lower import WRITE_SECONDS, TierRules
 from worker_connector.native_types import Encoding
 from worker_connector.regions import SlotLayout
 from worker_connector.slot_codec import SlotCodec
-from worker_connector.tier_movers import Tier
+from worker_connector.tier_movers import Shape, Tier
 from worker_connector.tiers.base import Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
 from worker_connector.tiers.disk_files import charge
@@ -117,7 +117,7 @@ def slot_codec_of(
     Raises:
         ConfigurationError: a tier is to be kept in an encoding, and none suits.
     """
-    splits = {name: tensor.shape[0] // cache.num_blocks for name, tensor in kv_caches.items() if tensor.dim() == 4}
+    splits = _splits(cache, kv_caches)
     on_processor = all(tensor.device.type == "cpu" for tensor in kv_caches.values())
     try:
         geometry = describe_slot(cache, layout, cache_dtype=cache_dtype, on_processor=on_processor, splits=splits)
@@ -130,6 +130,18 @@ def slot_codec_of(
                 ) from reason
         return None
     return SlotCodec(geometry)
+
+
+def divided(shape: Shape, cache: Any, kv_caches: Mapping[str, Any]) -> Shape:
+    """With the division of blocks in the layout's name. Which backend an engine has, and so into how many blocks it divides
+    one, only its workers learn; what another division wrote is not read."""
+    most = max(_splits(cache, kv_caches).values(), default=1)
+    return shape._replace(layout=f"{shape.layout[:12]}/{most}") if most > 1 else shape
+
+
+def _splits(cache: Any, kv_caches: Mapping[str, Any]) -> dict[str, int]:
+    """Into how many blocks the attention backend divides one, by layer."""
+    return {name: tensor.shape[0] // cache.num_blocks for name, tensor in kv_caches.items() if tensor.dim() == 4}
 
 
 def announce(config: ConnectorConfig) -> None:

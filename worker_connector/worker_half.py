@@ -19,7 +19,7 @@ from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.shape import shape_of
 from worker_connector.slab import Slab
 from worker_connector.tier_movers import TierMovers
-from worker_connector.tier_stores import announce, open_stores, slot_codec_of, tiers_of
+from worker_connector.tier_stores import announce, divided, open_stores, slot_codec_of, tiers_of
 
 IDLE_WAIT_SECONDS = 0.005
 """How long a step without a forward waits for loads, so that they are reported in it and not in a later one."""
@@ -211,6 +211,7 @@ class WorkerHalf:
             memory = memoryview(slab.bytes.numpy())
             cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
             codec = slot_codec_of(config, self._cache, layout, cache_dtype=cache_dtype, kv_caches=kv_caches)
+            shape = divided(shape, self._cache, kv_caches)
             self._tiers = TierMovers(tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape, codec)
             if self._parallel.rank == 0:
                 announce(config)

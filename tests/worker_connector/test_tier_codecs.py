@@ -28,7 +28,7 @@ from worker_connector.native import Encoding, crc32c
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.slot_codec import SlotCodec
 from worker_connector.tier_movers import Shape, Tier, TierMovers
-from worker_connector.tier_stores import announce, rules_of, slot_codec_of, tiers_of
+from worker_connector.tier_stores import announce, divided, rules_of, slot_codec_of, tiers_of
 from worker_connector.tiers.disk import DiskSettings, DiskStore
 
 CHUNK, OTHER = b"c" * 16, b"d" * 16
@@ -311,3 +311,15 @@ def test_tensors_tell_where_attention_runs_and_how_blocks_are_divided(gqa: Bench
     codec = slot_codec_of(config(), divided.cache.config, divided.layout, cache_dtype="auto", kv_caches=on_gpu)
     assert codec is not None
     assert [(part.split, part.tokens, part.rows) for part in codec.geometry.parts] == [(2, 8, False)]
+
+
+def test_engines_that_divide_blocks_differently_do_not_read_each_others_objects(gqa: Bench, tmp_path: Path) -> None:
+    divided_bench = Bench(MODELS["gqa"], KVCacheLayout.LBHNC, [8])
+    with Engine(gqa, tmp_path) as one, Engine(gqa, tmp_path) as other:
+        shape = one.movers._shape
+        assert divided(shape, gqa.cache.config, gqa.cache.views) == shape
+        other.movers._shape = divided(shape, divided_bench.cache.config, divided_bench.cache.views)
+        assert other.movers._shape.layout == "x/2"
+        one.run("write", Piece(CHUNK, 0))
+        assert other.run("fetch", Piece(CHUNK, 1)).failed == {CHUNK: "layout"}
+        assert not one.run("fetch", Piece(CHUNK, 1)).failed
