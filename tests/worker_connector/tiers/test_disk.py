@@ -871,8 +871,7 @@ def test_bookkeeping_per_object(policy: str) -> None:
                 index.forget(victim)
             index.add(unit_of(number), "0of1-1", 300_000, 1e9 + number)
             index.touch([unit_of(rng.randrange(max(0, number - capacity), number + 1)) for _ in range(2)])
-            if not number % 100:
-                index.take_gone()  # as the engine does with every step
+            index.take_gone()  # as an engine does in every step
         cost = (tracemalloc.get_traced_memory()[0] - before) / capacity
     finally:
         tracemalloc.stop()
