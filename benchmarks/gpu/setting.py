@@ -113,7 +113,7 @@ class Running:
             "late": isinstance(code, str),
             "seconds": round(time.monotonic() - self.began, 1),
             "command": " ".join(self.command),
-            "end": lines[-25:] if code != 0 else lines[-3:],
+            "end": lines[-25:] if code != 0 else lines[-6:],
         }
 
 

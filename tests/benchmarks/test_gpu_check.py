@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import checks
 from benchmarks.gpu import setting as setting_module
 from benchmarks.gpu.report import table, verdicts
 from benchmarks.gpu.setting import ROOT, Setting, finish_all
@@ -53,6 +54,19 @@ def _runs(process: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False
+
+
+def test_every_selection_of_tests_has_some(tmp_path: Path) -> None:
+    pytest.importorskip("hypothesis")
+    setting = Setting(tmp_path, 60)
+    native = ROOT / "tests" / "native"
+    chosen = [([native / file], f"cuda and {words}") for file, words in checks.REDUCED.values()]
+    chosen += [([native / file for file in checks.SUITES], f"cuda-{path}") for path in checks.PATHS]
+    chosen.append(([native / "test_cuda_movers.py"], checks.MOVERS))
+    for files, words in chosen:
+        command = checks._pytest(setting, "--collect-only", *map(str, files), "-k", words)
+        ran = setting.start("collect", command, WARMROUTE_TEST_BACKENDS="cuda").finish(60)
+        assert ran["ok"], (words, ran["end"])
 
 
 def test_an_error_is_a_failure_in_the_table(tmp_path: Path) -> None:
