@@ -1,0 +1,59 @@
+"""Encoded tiers under a real engine: exact ones change no token, lossy ones serve and say so."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.worker_connector.tier_scenarios import EngineProcess, prompt
+from worker_connector.chunk_object import HEADER_BYTES, MAGIC, read_header
+
+pytestmark = pytest.mark.engine
+
+CHUNK, LONG = 256, 3000
+
+
+def objects(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file() and path.read_bytes().startswith(MAGIC)]
+
+
+def codecs_in(directory: Path) -> set[str]:
+    return {str(read_header(path.read_bytes()[:HEADER_BYTES]).codec) for path in objects(directory)}
+
+
+def empty(directory: Path) -> None:
+    for path in objects(directory):
+        path.unlink()
+
+
+def test_exact_tiers_give_the_same_tokens_and_lossy_ones_are_kept_apart(small_model: str, tmp_path: Path) -> None:
+    disk, remote, other = tmp_path / "disk", tmp_path / "remote", tmp_path / "other"
+    remote.mkdir()
+    other.mkdir()
+    settings = {"disk_path": str(disk), "disk_codec": "exp12", "remote_url": f"file://{remote}", "cpu_bytes": 64 << 20}
+    with EngineProcess(small_model, tmp_path, "exact", settings, {"dtype": "bfloat16"}) as engine:
+        (cold,) = engine.serve(prompt(1, LONG))
+        engine.lose()
+        assert codecs_in(disk) == {"exp12"}
+        assert codecs_in(remote) == {"raw"}
+        (encoded,) = engine.serve(prompt(1, LONG))
+        empty(disk)
+        engine.lose()
+        (raw,) = engine.serve(prompt(1, LONG))
+        engine.call("settle")
+        assert (cold["cached"], encoded["cached"], raw["cached"]) == (0, LONG // CHUNK * CHUNK, LONG // CHUNK * CHUNK)
+        assert encoded["tokens"] == raw["tokens"]
+        assert not engine.lines("approximate")
+    empty(disk)
+    lossy = {**settings, "remote_url": f"file://{other}", "remote_codec": "fp8+zstd"}
+    with EngineProcess(small_model, tmp_path, "lossy", lossy, {"dtype": "bfloat16"}) as engine:
+        engine.serve(prompt(1, LONG))
+        engine.lose()
+        assert codecs_in(other) == {"fp8+zstd"}
+        empty(disk)
+        (answer,) = engine.serve([*prompt(1, LONG), *prompt(2, LONG)])
+        engine.lose()
+        assert answer["cached"] == LONG // CHUNK * CHUNK
+        assert engine.stats()["tiers"]["remote"]["load_chunks"] == LONG // CHUNK
+        assert not objects(disk), "what was computed on lossy chunks is no exact copy"
+        assert len(objects(other)) >= 2 * LONG // CHUNK
+        assert len(engine.lines("Tier remote keeps chunks as fp8+zstd", "approximate")) == 1
