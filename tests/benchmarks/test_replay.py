@@ -115,7 +115,7 @@ def test_reports_keep_the_routers_index_equal_to_the_caches() -> None:
         cache: BlockCache = model.cache
         assert chooser._index.contents(name)["gpu"] == set(cache._idle)
     for worker in chooser._workers:
-        assert (worker.load._own, worker.load.in_flight) == (0, 0)
+        assert (worker.load.own, worker.load.in_flight) == (0, 0)
 
 
 def test_dynamo_adds_prefill_and_decode_blocks() -> None:
