@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from worker_connector.chunk_object import HEADER_BYTES, Codec, read_header, unpack
-from worker_connector.compression import Compression
+from worker_connector.compression import Compression, require
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import BadObject, ConfigurationError, UnsupportedCache
 from worker_connector.kv_geometry import describe_slot
@@ -115,8 +115,10 @@ def slot_codec_of(
     setting, ``kv_caches`` are its tensors, whose first axis tells into how many blocks each block is divided.
 
     Raises:
-        ConfigurationError: a tier is to be kept in an encoding, and none suits.
+        ConfigurationError: a tier is to be kept in an encoding that does not suit, or needs a package that is missing.
     """
+    for name in names_of(config):
+        require(codecs_of(config)[name].compression)
     splits = _splits(cache, kv_caches)
     on_processor = all(tensor.device.type == "cpu" for tensor in kv_caches.values())
     try:
@@ -129,7 +131,10 @@ def slot_codec_of(
                     "to raw, zstd or lz4, which always suit"
                 ) from reason
         return None
-    return SlotCodec(geometry)
+    made = SlotCodec(geometry)
+    for name in names_of(config):
+        made.check(codecs_of(config)[name].encoding, f"{name}_codec")
+    return made
 
 
 def divided(shape: Shape, cache: Any, kv_caches: Mapping[str, Any]) -> Shape:

@@ -293,6 +293,10 @@ def test_a_codec_that_does_not_suit_is_refused_at_start(gqa: Bench, tmp_path: Pa
     with pytest.raises(ConfigurationError, match="disk_codec is k16v8, which does not suit"):
         Engine(Bench(MODELS["mla"], KVCacheLayout.LBHNC), tmp_path, "k16v8")
     assert encodings(gqa, config(disk_codec="fp8")) is not None
+    with pytest.raises(ConfigurationError, match="remote_codec is int8, which does not suit"):
+        encodings(gqa, config(remote_codec="int8"))
+    with pytest.raises(ConfigurationError, match=r"disk_codec is fp8.*quantised already"):
+        encodings(gqa, config(disk_codec="fp8"), cache_dtype="fp8_e5m2")
     odd = Bench([group(full(state_content_bytes=272), "l0")], KVCacheLayout.LBHNC)
     assert encodings(odd, config(disk_codec="zstd")) is None
     with pytest.raises(ConfigurationError, match=r"remote_codec is exp12\+lz4.*cannot be encoded.*raw, zstd or lz4"):
