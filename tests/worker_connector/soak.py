@@ -1,0 +1,187 @@
+"""Turns chunks over in ledger and lower tiers for a long time, without an engine, and looks at what that costs.
+
+    python -m tests.worker_connector.soak [--turnovers 1000000] [--held 20000] [--json FILE]
+
+Chunks are saved, written below, evicted, looked up, fetched back, lost and dropped, as engine steps would have it. Printed are
+bytes of bookkeeping for each chunk on record, and the process's size after the first tenth and at the end.
+"""
+
+import argparse
+import gc
+import json
+import random
+import resource
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from worker_connector.estimate import Estimator
+from worker_connector.eviction import LeastRecentlyUsed
+from worker_connector.ledger import Ledger
+from worker_connector.lower import LowerTiers, TierRules
+from worker_connector.plan import TierResult
+from worker_connector.stats import Stats
+
+SLOTS = 256
+STEP = 16
+CAUSES = ("missing", "bad", "timeout", "full")
+
+
+class Turnover:
+    """``held`` chunks are kept on record for each tier."""
+
+    def __init__(self, held: int, *, seed: int = 1, ranks: int = 1, fail: float = 0.02, slots: int = SLOTS) -> None:
+        self.random = random.Random(seed)
+        self.ledger = Ledger(LeastRecentlyUsed())
+        self.ledger.set_capacity(slots)
+        self.now = 0.0
+        self.ranks = ranks
+        self.fail = fail
+        self.lower = LowerTiers(
+            self.ledger,
+            [TierRules(name="disk", most=held), TierRules(name="remote", most=held)],
+            ranks=ranks,
+            groups=1,
+            chunk_size=256,
+            chunk_bytes=1 << 20,
+            may_load=True,
+            may_save=True,
+            patience=5.0,
+            stats=Stats(),
+            estimator=Estimator(),
+            load_or_compute=False,
+            clock=lambda: self.now,
+        )
+        self.turnovers = 0
+        self.operations = 0
+        self.names = 0
+        self.known: list[bytes] = []
+
+    def step(self) -> None:
+        """A prompt of new chunks is saved, one that is below is fetched, the ranks do what they were told."""
+        self.now += 0.05
+        self._save([self.random.randbytes(16) for _ in range(STEP)])
+        if self.turnovers and self.random.random() < 0.5:
+            self._want(self.ledger.newest(self.random.choice(["disk", "remote"]), 2000)[-STEP:])
+        newest = self.ledger.newest("disk", 100)
+        lost = {"disk": set(newest[::20])} if self.random.random() < 0.2 else {}
+        for rank in range(self.ranks):
+            self.lower.absorb(self._results(rank), lost if not rank else {})
+        self.operations += self.ranks
+        if self.ledger.has_changes and self.random.random() < 0.5:
+            self.ledger.take_changes()
+
+    def disturb(self) -> None:
+        """What operators, other engines and time may do."""
+        chunk = self.random.choice(self.known) if self.known else bytes(16)
+        tier = self.random.choice(["disk", "remote"])
+        for chance, action in (
+            (0.2, lambda: self.ledger.forget(chunk)),
+            (0.2, lambda: self.ledger.touch([chunk])),
+            (0.1, lambda: self.ledger.stored(tier, [chunk], 40)),
+            (0.1, lambda: self.ledger.removed(tier, [chunk])),
+            (0.1, lambda: self.lower.demote(tier, [chunk])),
+            (0.05, lambda: self.lower.drop(tier, [chunk])),
+            (0.02, lambda: self.lower.promote(tier, self.ledger.newest(tier, 4))),
+            (0.01, self.lower.clear),
+            (0.01, self.ledger.clear_cpu),
+        ):
+            if self.random.random() < chance:
+                action()
+                self.operations += 1
+
+    def _save(self, chunks: list[bytes]) -> None:
+        slots = []
+        self.known = [*self.known, *chunks][-200:]
+        self.operations += 2 * len(chunks)
+        for chunk in chunks:
+            slot = self.ledger.reserve(chunk)
+            if slot is None:
+                continue
+            if self.random.random() < self.fail:
+                self.ledger.abandon(slot)
+            else:
+                self.ledger.commit(slot)
+                slots.append(slot)
+        self.turnovers += len(slots)
+        self.lower.committed(slots)
+
+    def _want(self, chunks: list[bytes]) -> None:
+        self.names += 1
+        request = SimpleNamespace(request_id=str(self.names))
+        state: Any = SimpleNamespace(request=request, adapter=None, eligible=True, extend=lambda: chunks)
+        self.lower.bring(state, 0)
+        self.lower.forget(request.request_id)
+
+    def _results(self, rank: int) -> dict[int, TierResult]:
+        if not rank:
+            self._jobs = self.lower.plan_step()
+        results = {}
+        for job in self._jobs:
+            self.operations += len(job.pieces)
+            failed = {
+                piece.chunk: self.random.choice(CAUSES) for piece in job.pieces if self.random.random() < self.fail
+            }
+            results[job.job] = TierResult(failed=failed, nbytes=1 << 20, seconds=0.001)
+        return results
+
+    def check(self) -> None:
+        self.ledger.check()
+        self.lower.check()
+
+
+def bookkeeping(held: int) -> float:
+    """Bytes for each chunk that is on record, of all tiers together, beyond the first few."""
+    turnover = Turnover(held)
+    while turnover.turnovers < 2000:
+        turnover.step()
+    gc.collect()
+    tracemalloc.start()
+    before, known = tracemalloc.get_traced_memory()[0], _on_record(turnover)
+    while _on_record(turnover) - known < held:
+        turnover.step()
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    return used / (_on_record(turnover) - known)
+
+
+def _on_record(turnover: Turnover) -> int:
+    counts = turnover.ledger.counts()
+    return counts["disk"] + counts["remote"]
+
+
+def soak(turnovers: int, held: int) -> Iterator[int]:
+    """The process's size in bytes after every tenth of the way."""
+    turnover = Turnover(held)
+    for tenth in range(1, 11):
+        while turnover.turnovers < turnovers * tenth // 10:
+            turnover.step()
+        turnover.check()
+        yield _resident()
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turnovers", type=int, default=1_000_000)
+    parser.add_argument("--held", type=int, default=20_000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    each = bookkeeping(arguments.held)
+    sizes = list(soak(arguments.turnovers, arguments.held))
+    print(f"{each:.0f} bytes of bookkeeping for each chunk on record of a lower tier")
+    print("MB resident after each tenth:", " ".join(f"{size / 1e6:.1f}" for size in sizes))
+    if arguments.json:
+        figures = {"turnovers": arguments.turnovers, "bytes_per_chunk": round(each), "resident_bytes": sizes}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
