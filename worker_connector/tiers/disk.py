@@ -295,8 +295,7 @@ class DiskStore(Store):
         unit, part = _split(key)
         if self._index.has_expired(unit, part, time.time()):
             return MISSING
-        if self._index.holds(unit, part):
-            return Outcome(Status.FOUND)
+        # What the index says would not do: other processes, the ranks of this engine among them, delete and evict too.
         found = self._files.stat(unit, part)
         return Outcome(Status.FOUND, found.st_size) if found else MISSING
 

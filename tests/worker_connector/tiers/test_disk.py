@@ -93,6 +93,13 @@ def account_of(store: DiskStore) -> int:
 # ---- objects --------------------------------------------------------------------------------------------------------
 
 
+def test_what_another_process_deleted_is_not_said_to_be_there(make: Make) -> None:
+    here, other = make(), make()
+    assert put_large(here, 1, 2) == [Status.STORED] * 2
+    other.delete([name(1)], soon())
+    assert [each.status for each in here.exists([name(1), name(2)], soon())] == [Status.MISSING, Status.FOUND]
+
+
 @pytest.mark.parametrize("direct", [None, False])
 @pytest.mark.parametrize("fsync", [False, True])
 def test_objects_come_back(make: Make, direct: bool | None, fsync: bool) -> None:
