@@ -1,6 +1,7 @@
 import asyncio
 import json
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_no_key_is_in_force_without_entries() -> None:
             access.authenticate(headers)
 
 
+def test_a_remembered_key_expires_and_wrong_ones_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = datetime.now(UTC) + timedelta(minutes=1)
+    access = Access([spec(expires=ends)])
+    assert access.authenticate(bearer(KEY)) is access.authenticate(bearer(KEY))
+    for _ in range(2):
+        with pytest.raises(Unauthorized):
+            access.authenticate(bearer(OTHER))
+    assert list(access._remembered) == [KEY.encode()]
+    monkeypatch.setattr("router.access.time.time", ends.timestamp)
+    with pytest.raises(Unauthorized, match="expired"):
+        access.authenticate(bearer(KEY))
+    monkeypatch.undo()
+    access.use([spec("b", OTHER)])
+    with pytest.raises(Unauthorized, match="not valid"):
+        access.authenticate(bearer(KEY))
+
+
 def test_made_keys_are_long_and_differ() -> None:
     made = {make_key() for _ in range(100)}
     assert len(made) == 100
@@ -184,7 +202,9 @@ def test_keys_come_from_the_environment_plain_or_hashed() -> None:
 def test_nothing_that_is_shown_holds_a_secret(tmp_path: Path) -> None:
     access = Access([spec(cache_salt=SALT)])
     tenant = access.authenticate(bearer(KEY))
-    shown = json.dumps(access.describe()) + repr(tenant) + repr(tenant.spec) + str(access.enter(read_headers(bearer(KEY))))
+    shown = (
+        json.dumps(access.describe()) + repr(tenant) + repr(tenant.spec) + str(access.enter(read_headers(bearer(KEY))))
+    )
     assert SALT not in shown
     assert KEY not in shown
     assert hash_key(KEY) not in json.dumps(access.describe())
