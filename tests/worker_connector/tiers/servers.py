@@ -143,7 +143,7 @@ class Proxy:
     def _answer(self, server: socket.socket, client: socket.socket, number: int) -> None:
         passed = 0
         with contextlib.suppress(OSError):
-            while data := server.recv(65536):
+            while data := server.recv(1 << 20):
                 if number >= self.spared_from:
                     client.sendall(data)
                 elif self.mode in ("reset", "truncate") and passed + len(data) > self.bytes:
