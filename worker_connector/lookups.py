@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from worker_connector.chunk_object import ObjectKey
@@ -23,6 +24,8 @@ from worker_connector.tiers.base import Entry, Store, pages
 
 _PAGE_SECONDS = 10.0
 _MOST_QUESTIONS = 256
+_SLICE = 512
+_YIELD_SECONDS = 0.0002
 
 _log = logging.getLogger("vllm.warmroute.tiers")
 
@@ -30,11 +33,12 @@ _log = logging.getLogger("vllm.warmroute.tiers")
 class Pending:
     """A question asked of several tiers. It waits for them no longer than until ``until``."""
 
-    __slots__ = ("_left", "_until")
+    __slots__ = ("_ended", "_left", "_until")
 
-    def __init__(self, tiers: int, until: float) -> None:
+    def __init__(self, tiers: int, until: float, ended: threading.Event | None = None) -> None:
         self._left = tiers
         self._until = until
+        self._ended = ended
 
     @property
     def pending(self) -> bool:
@@ -43,6 +47,8 @@ class Pending:
 
     def answered(self) -> None:
         self._left -= 1
+        if not self._left and self._ended is not None:
+            self._ended.set()
 
 
 class Lookups:
@@ -63,6 +69,8 @@ class Lookups:
     ) -> None:
         self._ledger = ledger
         self._timeout = timeout
+        self._ended = threading.Event()
+        self._asked: deque[Pending] = deque(maxlen=_MOST_QUESTIONS)
         self._tiers = [
             _TierLookups(ledger, stores[each.name], names, each, rescan_seconds=rescan_seconds, found=found)
             for each in rules
@@ -71,10 +79,19 @@ class Lookups:
     def ask(self, chunks: Sequence[bytes]) -> Pending:
         """Have every tier look for these chunks. Returns at once."""
         until = time.monotonic() + self._timeout
-        question = Pending(len(self._tiers), until)
+        question = Pending(len(self._tiers), until, self._ended)
+        self._asked.append(question)
         for tier in self._tiers:
             tier.ask(chunks, question, until)
         return question
+
+    def wait(self, seconds: float) -> None:
+        """Return when a question was answered or none is open, after ``seconds`` at the latest."""
+        while self._asked and not self._asked[0].pending:
+            self._asked.popleft()
+        if self._asked:
+            self._ended.wait(seconds)
+        self._ended.clear()
 
     @property
     def scanned(self) -> bool:
@@ -202,17 +219,26 @@ class _TierLookups:
             whole = dict(self._whole(page.entries, parts))
             used |= whole
             if whole:
-                with self._ledger.lock:
-                    self._ledger.stored(self.name, whole, self._most)
+                self._in_slices(whole, self._stored)
                 self._found()
         if self._stop.is_set():
             return len(used)
-        with self._ledger.lock:
-            if not self.scanned:
-                self._ledger.stored(self.name, sorted(used, key=used.__getitem__), self._most)
-            self._ledger.removed(self.name, before - used.keys())
+        if not self.scanned:
+            self._in_slices(sorted(used, key=used.__getitem__), self._stored)
+        self._in_slices(before - used.keys(), lambda chunks: self._ledger.removed(self.name, chunks))
         self._found()
         return len(used)
+
+    def _stored(self, chunks: Iterable[bytes]) -> None:
+        self._ledger.stored(self.name, chunks, self._most)
+
+    def _in_slices(self, chunks: Collection[bytes], change: Callable[[list[bytes]], None]) -> None:
+        """Change the record in portions, with the ledger free in between for as long as whoever waits needs to take it: the
+        engine's step does not wait for a million chunks."""
+        rest = iter(chunks)
+        while part := list(islice(rest, _SLICE)):
+            change(part)
+            time.sleep(_YIELD_SECONDS)
 
     def _whole(self, entries: Iterable[Entry], parts: dict[bytes, set[int]]) -> Iterable[tuple[bytes, float]]:
         """Chunks that are complete with these objects, and when they were last used; ``parts`` has the ranks met of those

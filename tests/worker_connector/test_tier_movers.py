@@ -1,7 +1,7 @@
 """Moves between slots and a real directory, and look-ups in it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +244,31 @@ def test_damage_is_said_once_however_much_there_is(rig: Rig, tmp_path: Path, cap
     fetched = rig.run("fetch", pieces)
     assert set(fetched.failed.values()) == {"bad"}
     assert len([record for record in caplog.records if "is bad" in record.getMessage()]) == 1
+
+
+class ChangesAtOnce:
+    """Counts the chunks that the record of a tier is changed by in one call."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.most = 0
+        for name in ("stored", "removed"):
+            setattr(ledger, name, self._counting(getattr(ledger, name)))
+
+    def _counting(self, change: Callable[..., None]) -> Callable[..., None]:
+        def counted(tier: str, chunks: Iterable[bytes], *rest: int) -> None:
+            every = list(chunks)
+            self.most = max(self.most, len(every))
+            change(tier, every, *rest)
+
+        return counted
+
+
+def test_a_long_listing_takes_the_ledger_for_a_moment_at_a_time(tmp_path: Path, ledger: Ledger) -> None:
+    gone = [number.to_bytes(16, "big") for number in range(5000)]
+    ledger.stored("disk", gone)
+    changes = ChangesAtOnce(ledger)
+    lookups = look(ledger, fresh_store(tmp_path), [SHAPE])
+    until(lambda: lookups.scanned)
+    assert not ledger.content()["disk"]
+    assert 0 < changes.most <= 512
+    lookups.close()
