@@ -42,6 +42,7 @@ JOB_BYTES = 128 << 20
 _STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "auth", "loading", "readonly", "full"})
 """Causes that say nothing about the chunk."""
 _SMALL_BYTES = 256 << 10
+_SLACK = 64
 
 Writes = Literal["through", "back", "none"]
 
@@ -143,6 +144,7 @@ class LowerTiers:
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._paused: dict[str, float] = {}
+        self._emptying = dict.fromkeys(self._tiers, 0)
         self._pace = {name: Median() for name in self._tiers}
         self._paced_at = dict.fromkeys(self._tiers, -PROBE_SECONDS)
         self._bytes_fetching = 0
@@ -240,7 +242,7 @@ class LowerTiers:
     def _source(self, chunk: bytes, bring: _Bring) -> str | None:
         now = self._clock()
         for tier in self._ledger.below(chunk):
-            if (tier, chunk) not in bring.tried and self._paused.get(tier, 0.0) <= now:
+            if (tier, chunk) not in bring.tried and self._paused.get(tier, 0.0) <= now and not self._emptying[tier]:
                 return tier
         return None
 
@@ -317,6 +319,15 @@ class LowerTiers:
             return
         if tier not in self._ledger.below(slot.chunk) and slot.chunk not in self._writing[tier]:
             self._unwritten[tier][slot.chunk] = slot
+            self._drop_forgotten(tier)
+
+    def _drop_forgotten(self, tier: str) -> None:
+        """Chunks that left before they were written need not be remembered. Amortized O(1)."""
+        unwritten = self._unwritten[tier]
+        if len(unwritten) > 2 * self._ledger.capacity + _SLACK:
+            for slot in [slot for slot in unwritten.values() if slot.forgotten]:
+                del unwritten[slot.chunk]
+                self._leave(tier, slot)
 
     def _is_too_exact(self, tier: str, slot: Slot) -> bool:
         """Whether a chunk would be taken for an exact copy there, and is none."""
@@ -377,11 +388,13 @@ class LowerTiers:
             self._ledger.removed(tier, chunks)
 
     def drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
-        """Delete a tier's copies: of these chunks, or all of this engine's identity."""
+        """Delete a tier's copies: of these chunks, or all of this engine's identity. Until all are gone nothing is fetched from
+        there, since weights may have changed and look-ups still find what is yet to be deleted."""
         self._take_off_record(tier, chunks)
         if not chunks:
             self._unwritten[tier].clear()
             self._leaving[tier] &= self._writing[tier]
+            self._emptying[tier] += 1
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
 
     def clear(self) -> None:
@@ -392,6 +405,8 @@ class LowerTiers:
     def promote(self, tier: str, chunks: Sequence[bytes], *, evict: bool = False) -> int:
         """Fetch chunks into the CPU tier without a request for them, as far as slots are free or, with ``evict``, can be
         made free; how many will be."""
+        if self._emptying[tier]:
+            return 0
         wanted = [(tier, chunk) for chunk in chunks if not self._ledger.holds(chunk)]
         wanted = wanted if evict else wanted[: self._ledger.free_slots]
         bring = _Bring()
@@ -427,6 +442,8 @@ class LowerTiers:
         for name, chunks in self._writing.items():
             jobs = [job.job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "write")]
             assert chunks == {piece.chunk for job in jobs for piece in job.pieces}, "a chunk is written by no job"
+            emptying = [job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "drop")]
+            assert self._emptying[name] == sum(not job.job.pieces for job in emptying), "a tier is barred for no reason"
             assert self._leaving[name] <= chunks | self._unwritten[name].keys(), "a chunk leaves without being written"
 
     # ---- inside -------------------------------------------------------------------------------------------------
@@ -454,6 +471,7 @@ class LowerTiers:
         elif job.kind == "write":
             self._end_write(ended)
         else:
+            self._emptying[job.tier] -= not job.pieces
             self._take_off_record(job.tier, [piece.chunk for piece in job.pieces])
         for cause in result.failed.values():
             self._stats.tier_failed(job.tier, job.kind, cause)

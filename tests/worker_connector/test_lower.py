@@ -194,6 +194,36 @@ def test_clearing_empties_the_stores_too() -> None:
     assert engine.ledger.counts() == {"gpu": 0, CPU: 0, "disk": 0}
 
 
+def test_nothing_is_fetched_from_a_tier_that_is_being_emptied() -> None:
+    engine, tokens = TieredEngine(), prompt(53, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.planner.lower.asks = engine
+    engine.reset_prefix_cache()
+    engine.hold_tiers = True
+    engine.planner.clear()
+    after = engine.add("b", tokens)
+    engine.answer()  # the store still has it all
+    assert engine.ledger.counts()["disk"] == 2
+    with engine.ledger.lock:
+        assert not engine.planner.lower.promote("disk", engine.ledger.newest("disk", 2))
+    for _ in range(5):
+        engine.step()
+    assert not any(under.job.kind == "fetch" for under in engine.under)
+    engine.hold_tiers = False
+    engine.run()
+    assert after.loads == 0
+    engine.planner.check()
+
+
+def test_what_is_gone_before_it_was_written_is_not_remembered() -> None:
+    engine = TieredEngine(rules=(TierRules(name="disk", writes="back"),), slots=16)
+    for number in range(40):
+        engine.serve(str(number), prompt(100 + number, 4 * CHUNK + 1))
+        forget_above(engine)
+    assert not engine.chunks_in("disk")
+    assert len(engine.planner.lower._unwritten["disk"]) <= 2 * 16 + 64
+
+
 def test_chunks_can_be_promoted_without_a_request() -> None:
     engine, tokens = TieredEngine(), prompt(17, 3 * CHUNK + 1)
     engine.serve("a", tokens)
