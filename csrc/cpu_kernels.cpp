@@ -2,6 +2,9 @@
 #include "cpu_kernels.hpp"
 
 #include <initializer_list>
+#if defined(WR_WITH_X86)
+#include <cpuid.h>
+#endif
 #if defined(WR_WITH_NEON)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -14,10 +17,16 @@ extern const Kernels PORTABLE_KERNELS;
 #if defined(WR_WITH_X86)
 extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
 
+// Which GCC before 11 and Clang before 18 do not know by name. AVX2 says that the system keeps the registers.
+static bool has_f16c() {
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
 // Besides the vectors themselves, the tables are compiled for what every processor with them has.
 static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("sse4.2");
+           has_f16c() && __builtin_cpu_supports("sse4.2");
 }
 
 static bool has_avx512() {
