@@ -85,7 +85,7 @@ class Slab:
     def __init__(self, library: "Library", address: int, size: int, granted: Granted) -> None:
         self.address, self.size, self.granted = address, size, granted
         self._bytes = (ctypes.c_uint8 * size).from_address(address)
-        self._freeing = weakref.finalize(self._bytes, library.functions.wr_slab_free, None, address, size)
+        self._freeing = weakref.finalize(self._bytes, _give_back, library, os.getpid(), address, size)
         self._freeing.atexit = False
 
     def view(self) -> memoryview:
@@ -122,6 +122,12 @@ class Library:
     def devices(self) -> int:
         """How many devices this backend can use here."""
         return int(self.functions.wr_devices())
+
+
+def _give_back(library: Library, owner: int, address: int, size: int) -> None:
+    # A child of fork() does not have the slab, and may have one of its own at the same address.
+    if os.getpid() == owner:
+        library.functions.wr_slab_free(None, address, size)
 
 
 _CURES = {
@@ -161,7 +167,8 @@ def library(backend: str) -> Library:
         NativeUnavailable: it is missing, or cannot work here.
     """
     folder = os.environ.get("WARMROUTE_NATIVE_DIR") or str(Path(__file__).parent / "lib")
-    return _loaded(backend, Path(folder) / f"libwarmroute_{backend}.so")
+    # Absolute: a name without a slash would be looked for in the system's folders.
+    return _loaded(backend, Path(folder).absolute() / f"libwarmroute_{backend}.so")
 
 
 @cache

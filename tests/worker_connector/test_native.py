@@ -1,4 +1,5 @@
 import gc
+import hashlib
 import logging
 import os
 import re
@@ -58,6 +59,15 @@ def test_a_missing_library_names_file_and_cure(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("WARMROUTE_NATIVE_DIR", str(tmp_path))
     with pytest.raises(NativeUnavailable, match=rf"{tmp_path}/libwarmroute_cpu.so is missing: install warmroute again"):
         Context("cpu")
+
+
+def test_a_relative_folder_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copy(native.library("cpu").path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WARMROUTE_NATIVE_DIR", ".")
+    assert native.library("cpu").path == tmp_path / "libwarmroute_cpu.so"
+    with Context("cpu") as context:
+        assert context.library.path.parent == tmp_path
 
 
 def test_a_missing_library_for_gpus_is_not_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -517,6 +527,21 @@ def test_a_slab_is_zeroed_memory_that_stays_as_long_as_its_views() -> None:
     assert not mapped(address)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_childs_own_slab_outlives_its_copy_of_the_parents(context: Context) -> None:
+    slabs = [context.allocate(64 << 20)]
+
+    def work() -> None:
+        own = context.allocate(64 << 20)  # mostly where the parent's is in the parent
+        slabs.clear()
+        gc.collect()
+        assert mapped(own.address)
+        own.view()[0] = 1
+
+    assert in_child(work) == 0
+    slabs[0].view()[-1] = 1
+
+
 def test_a_slab_says_what_it_is(context: Context) -> None:
     slab = context.allocate(1, huge=True)
     assert not slab.granted & native.Granted.LOCKED
@@ -603,6 +628,37 @@ def test_a_missing_compiler_is_explained(tmp_path: Path) -> None:
         pytest.skip("CMake looks into system folders whatever PATH says")
     assert "needs a C++ compiler" in run.stderr
     assert "apt-get install g++" in " ".join(run.stderr.split())
+
+
+@pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("c++") is None, reason="CMake or a compiler is missing"
+)
+def test_a_compiler_without_a_static_runtime_is_enough(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        'case " $* " in *-static-libstdc++*) echo "cannot find -lstdc++" >&2; exit 1;; esac\n'
+        f'exec {shutil.which("c++")} "$@"\n'
+    )
+    compiler.write_text("#!/bin/sh\n" + compiler.read_text())
+    compiler.chmod(0o755)
+    source = tmp_path / "tests" / "checkout"  # folders above the sources do not matter to the build's name
+    source.mkdir(parents=True)
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    digests = set()
+    for folder, found in ((source, tmp_path / "one"), (ROOT, tmp_path / "other")):
+        options = ["-DWARMROUTE_CUDA=OFF", f"-DCMAKE_CXX_COMPILER={compiler}"]
+        asked = ["cmake", "-G", "Unix Makefiles", "-S", str(folder), "-B", str(found), *options]
+        run = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=120)
+        assert run.returncode == 0, run.stdout + run.stderr
+        made = found / "csrc" / "CMakeFiles" / "warmroute_cpu.dir"
+        assert "-static-libstdc++" not in (made / "link.txt").read_text()
+        digests |= set(
+            re.findall(r"cpu [\d.]+ (\w{8}) ", (made / "build.make").read_text() + (made / "flags.make").read_text())
+        )
+    assert len(digests) == 1
+    assert hashlib.sha256(b"").hexdigest()[:8] not in digests
 
 
 def test_importing_needs_neither_torch_nor_numpy() -> None:
