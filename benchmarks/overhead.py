@@ -1,12 +1,13 @@
 """What the connector costs when nothing can be reused: token throughput with it against without it.
 
-    python benchmarks/overhead.py [--pairs 120] [--hidden-size 256 --layers 4] [--floor] [--json FILE]
+    python benchmarks/overhead.py [--pairs 120] [--hidden-size 256 --layers 4] [--floor] [--set NAME=VALUE ...] [--json FILE]
 
 One real vLLM engine (CPU build, in this process) with a model made on the spot. Two processes of the very same program
 differ by 5 to 7 % on a small machine, for as long as they live, so both sides run in one: from request to request the
 connector is attached to the engine and detached from it, in an order that alternates. Each request has a prompt that
 nobody sent before. Reported are the medians of wall time, and of the engine thread's CPU time, which other load on the
 machine disturbs less. ``--floor`` puts a connector that does nothing in ours' place: what vLLM itself spends on having one.
+``--set`` gives the connector a setting: ``--set disk_path=/data/kv --set remote_url=redis://127.0.0.1`` switches all tiers on.
 """
 
 import argparse
@@ -55,7 +56,7 @@ class Taken(NamedTuple):
 class Engine:
     """An engine whose connector can be taken off while it is idle."""
 
-    def __init__(self, model: str, prompt_tokens: int, answer_tokens: int) -> None:
+    def __init__(self, model: str, prompt_tokens: int, answer_tokens: int, settings: dict[str, str]) -> None:
         from vllm import LLM, SamplingParams  # noqa: PLC0415 - the environment has to be set before
         from vllm.config import KVTransferConfig  # noqa: PLC0415
         from vllm.distributed.kv_transfer import kv_transfer_state  # noqa: PLC0415
@@ -63,7 +64,7 @@ class Engine:
         transfer = KVTransferConfig(
             kv_connector="WarmrouteConnector",
             kv_role="kv_both",
-            kv_connector_extra_config={"cpu_bytes": 1 << 30, "report_port": 0},
+            kv_connector_extra_config={"cpu_bytes": 1 << 30, "report_port": 0, **settings},
         )
         self._llm = LLM(
             model, enforce_eager=True, block_size=32, max_num_batched_tokens=2048, kv_transfer_config=transfer
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1500)
     parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--floor", action="store_true", help="a connector that does nothing in ours' place")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the connector")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -153,7 +155,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sys.path += cpu_build_metadata(Path(folder)).split(os.pathsep)
         make_model(Path(folder) / "model", hidden_size=arguments.hidden_size, layers=arguments.layers)
-        engine = Engine(str(Path(folder) / "model"), arguments.prompt_tokens, arguments.answer_tokens)
+        settings = dict(each.split("=", 1) for each in arguments.set)
+        engine = Engine(str(Path(folder) / "model"), arguments.prompt_tokens, arguments.answer_tokens, settings)
         if arguments.floor:
             make_idle(engine)
         figures = summary(measure(engine, arguments.pairs))

@@ -3,12 +3,14 @@
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from kv_protocol.hashing import HASH_BYTES
 from kv_protocol.identity import Identity
 from kv_protocol.messages import Hello, TierInfo
+from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import UnsupportedCache
 from worker_connector.eviction import POLICIES
@@ -30,6 +32,8 @@ from worker_connector.tier_stores import capacity_of, open_stores, rules_of
 
 WARMUP_SECONDS = 30.0
 """How long an engine without requests keeps stepping for lower tiers to be listed, so that it can warm up."""
+IDLE_WAIT_SECONDS = 0.005
+"""How long a step without a forward waits for look-ups."""
 GAUGE_SECONDS = 0.5
 """Gauges are looked at this often while no counter moves."""
 
@@ -90,11 +94,12 @@ class SchedulerHalf:
             manager, groups, chunk_size=self.config.chunk_size, model=self.model, on_cleared=self.drain_and_publish
         )
 
-    def start(self, slots: Iterable[int]) -> None:
-        """Size the CPU tier to what every rank has, and open the report port."""
+    def start(self, slots: Iterable[int], objects: Sequence[ObjectKey | None] = ()) -> None:
+        """Size the CPU tier to what every rank has, and open the report port. ``objects`` is, for each rank, what its objects
+        in lower tiers are called, with any chunk: pipeline ranks have other layers, and so another identity."""
         self.ledger.set_capacity(min(slots, default=0))
         self._start_server()
-        self._look_below()
+        self._look_below(objects)
 
     def plan_step(self, output: Any) -> StepPlan:
         """The step's plan for the workers."""
@@ -106,7 +111,11 @@ class SchedulerHalf:
         self.pins.expire()
         if self.operations.has_queued:
             self.operations.run_queued()
-        return self.planner.plan_step(output)
+        plan = self.planner.plan_step(output)
+        if plan.idle and self._lookups is not None:
+            # Nobody is delayed, and empty steps in a row would take the processor from whoever looks up.
+            self._lookups.wait(IDLE_WAIT_SECONDS)
+        return plan
 
     def has_unfinished_transfers(self) -> bool:
         """Whether an engine without requests must keep stepping."""
@@ -217,20 +226,28 @@ class SchedulerHalf:
     def _identity(self) -> Identity:
         return identity_of(self.config, self._vllm_config, self._cache, self._groups, self._layout)
 
-    def _look_below(self) -> None:
+    def _look_below(self, objects: Sequence[ObjectKey | None]) -> None:
         """Begin to look up chunks in the lower tiers."""
         if self._layout is None or not self.config.has_lower_tiers or self._lookups is not None:
             return
-        shape = shape_of(self.config, self._vllm_config, self._cache, self._groups, self._layout, rank=0)
-        ranks = [shape._replace(rank=rank) for rank in range(shape.ranks)]
+        ranks = self._names_of(objects, self._layout)
         self._lookups = self.planner.lower.asks = Lookups(
             self.ledger,
             open_stores(self.config),
-            lambda chunk: [rank.key(chunk) for rank in ranks],
+            lambda chunk: [rank._replace(chunk=chunk) for rank in ranks],
             rules_of(self.config),
             timeout=self.config.lookup_timeout,
             found=self.planner.publish_found,
         )
+
+    def _names_of(self, told: Sequence[ObjectKey | None], layout: SlotLayout) -> list[ObjectKey]:
+        """What the ranks call their objects, in their order, with any chunk; as far as they do not tell, as it follows from
+        what the scheduler knows."""
+        names = {name.rank: name for name in told if name is not None}
+        if names.keys() != set(range(self._ranks)):
+            shape = shape_of(self.config, self._vllm_config, self._cache, self._groups, layout, rank=0)
+            names = {rank: shape._replace(rank=rank).key(bytes(HASH_BYTES)) for rank in range(shape.ranks)}
+        return [names[rank] for rank in sorted(names)]
 
     def _warm_up(self) -> None:
         """Once the lower tiers were listed, fetch what was used last until half of the CPU tier is full."""

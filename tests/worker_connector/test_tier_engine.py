@@ -203,7 +203,7 @@ def test_one_of_two_replicas_is_dead(shared: Shared, cold: dict[int, list[int]])
     shared.two.lose()
     shared.redis[0].kill()
     for _ in range(2):
-        found = shared.two.call("beside", decoding=prompt(60, 300), prompts=[prompt(2)], tokens=32)
+        found = shared.two.call("beside", decoding=prompt(60, CHUNK - 50), prompts=[prompt(2)], tokens=32)
         assert found["answers"][0]["tokens"] == cold[2]
         assert found["answers"][0]["cached"] == chunks_in(LONG)
         assert max(found["gaps"]) < DEADLINE
@@ -274,7 +274,7 @@ def test_what_is_not_on_disk_comes_from_s3(
 
 
 def test_other_weights_under_the_same_name_get_nothing(restarted: EngineProcess, shared: Shared) -> None:
-    (first,) = restarted.serve(prompt(300))
+    (first,) = restarted.serve(prompt(310))
     restarted.call("settle")
     restarted.close()
     before = len(files_of(shared.directory))
@@ -285,11 +285,11 @@ def test_other_weights_under_the_same_name_get_nothing(restarted: EngineProcess,
         change_weights(shared.model)
         settings = {"disk_path": str(shared.directory), "remote_url": shared.s3_url, **PATIENT}
         with EngineProcess(shared.model, shared.workspace, "other", settings) as engine:
-            (answer,) = engine.serve(prompt(300))
+            (answer,) = engine.serve(prompt(310))
             assert answer["cached"] == 0
             assert answer["tokens"] != first["tokens"]
             engine.lose()
-            (again,) = engine.serve(prompt(300))
+            (again,) = engine.serve(prompt(310))
             assert (again["cached"], again["tokens"]) == (chunks_in(LONG), answer["tokens"])
             assert engine.stats()["tiers"]["disk"].get("damaged_chunks", 0) == 0
     finally:
@@ -347,7 +347,7 @@ class Harmed:
 
     def beside(self, tokens: list[int]) -> dict[str, Any]:
         """The answer, while another request decodes that is never held up."""
-        found = self.engine.call("beside", decoding=prompt(7, 300), prompts=[tokens], tokens=16)
+        found = self.engine.call("beside", decoding=prompt(7, CHUNK - 50), prompts=[tokens], tokens=16)
         answer: dict[str, Any] = found["answers"][0]
         assert answer["reason"] == "length"
         worst = max(found["gaps"])

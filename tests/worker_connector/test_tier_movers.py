@@ -272,3 +272,19 @@ def test_a_long_listing_takes_the_ledger_for_a_moment_at_a_time(tmp_path: Path, 
     assert not ledger.content()["disk"]
     assert 0 < changes.most <= 512
     lookups.close()
+
+
+def test_waiting_for_look_ups_ends_with_the_answer_or_the_time(rig: Rig) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+    ledger = Ledger(LeastRecentlyUsed())
+    ledger.add_tier("disk")
+    lookups = Lookups(ledger, {"disk": rig.store}, lambda chunk: [SHAPE.key(chunk)], timeout=5.0)
+    began = time.monotonic()
+    lookups.wait(5.0)
+    assert time.monotonic() - began < 1, "nothing was asked"
+    question = lookups.ask(CHUNKS[:2])
+    lookups.wait(5.0)
+    assert time.monotonic() - began < 3, "the answer ended nothing"
+    until(lambda: not question.pending)
+    assert ledger.below(CHUNKS[0]) == ["disk"]
+    lookups.close()

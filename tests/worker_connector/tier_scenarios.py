@@ -223,7 +223,7 @@ class Bench:
     def stats(self) -> dict[str, Any]:
         from worker_connector import get_cache_stats
 
-        return get_cache_stats()
+        return dict(get_cache_stats())
 
 
 def _sampling(tokens: int) -> Any:
