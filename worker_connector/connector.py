@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.platforms import current_platform
 
+from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.metrics import WarmroutePromMetrics, WarmrouteStats
@@ -58,9 +59,10 @@ class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """One rank to the scheduler half, once: how many slots its slab has."""
+    """One rank to the scheduler half, once: how many slots its slab has, and what its objects in lower tiers are called."""
 
     slots: int
+    objects: ObjectKey | None = None
 
 
 class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -113,7 +115,8 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
         if self._scheduler is not None:
-            self._scheduler.start(rank.slots for rank in metadata.values())
+            ranks = list(metadata.values())
+            self._scheduler.start([rank.slots for rank in ranks], [rank.objects for rank in ranks])
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
         self.set_xfer_handshake_metadata(metadata)
@@ -176,7 +179,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return Handshake(self._worker.slots) if self._worker is not None else None
+        return Handshake(self._worker.slots, self._worker.objects) if self._worker is not None else None
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kv_protocol.hashing import HASH_BYTES
+from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable, UnsupportedCache
@@ -52,6 +54,8 @@ class WorkerHalf:
         vllm_config: Any = None,
     ) -> None:
         self.slots = 0
+        self.objects: ObjectKey | None = None
+        """What this rank's objects in lower tiers are called, here that of a chunk of zeros."""
         self._vllm_config = vllm_config
         self._tiers: TierMovers | None = None
         self._refused: dict[int, TierResult] = {}
@@ -213,6 +217,7 @@ class WorkerHalf:
             codec = slot_codec_of(config, self._cache, layout, cache_dtype=cache_dtype, kv_caches=kv_caches)
             shape = divided(shape, self._cache, kv_caches)
             self._tiers = TierMovers(tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape, codec)
+            self.objects = shape.key(bytes(HASH_BYTES))
             if self._parallel.rank == 0:
                 announce(config)
 

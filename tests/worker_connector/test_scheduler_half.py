@@ -3,9 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from worker_connector import scheduler_half
+from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
 from worker_connector.ledger import CPU, GPU
 from worker_connector.scheduler_half import SchedulerHalf
+from worker_connector.tier_movers import Shape
 
 
 @pytest.fixture
@@ -54,3 +57,14 @@ def test_an_idle_engine_tells_what_it_holds_now(half: SchedulerHalf) -> None:
     counts = half.operations.table()["stats"]({})["counts"]
     assert (counts["relists"], counts["dropped_readers"]) == ({"": 5}, {"": 2})
     assert counts["report_readers"] == {"": 0}
+
+
+def test_objects_are_called_what_the_ranks_call_them(half: SchedulerHalf, monkeypatch: pytest.MonkeyPatch) -> None:
+    half._ranks = 2
+    told = [ObjectKey(bytes([rank]) * 16, bytes(16), rank, 2) for rank in (1, 0)]
+    assert half._names_of(told, None) == told[::-1]  # type: ignore[arg-type]
+    shape = Shape(bytes([7]) * 16, 0, 2, "", "", 64, (), (), 0)
+    monkeypatch.setattr(scheduler_half, "shape_of", lambda *_args, **_rank: shape)
+    for silent in ([], [None, None], told[:1]):
+        names = half._names_of(silent, None)  # type: ignore[arg-type]
+        assert names == [ObjectKey(bytes([7]) * 16, bytes(16), rank, 2, 0) for rank in (0, 1)]
