@@ -661,6 +661,27 @@ def test_a_compiler_without_a_static_runtime_is_enough(tmp_path: Path) -> None:
     assert hashlib.sha256(b"").hexdigest()[:8] not in digests
 
 
+@pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("c++") is None, reason="CMake or a compiler is missing"
+)
+def test_a_cuda_compiler_that_does_not_work_is_passed_over_unless_it_is_asked_for(tmp_path: Path) -> None:
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    asked = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build")]
+    environment = os.environ | {"CUDACXX": str(broken)}
+    said = []
+    for choice in ("AUTO", "ON"):
+        command = [*asked, f"-DWARMROUTE_CUDA={choice}"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+        said.append((run.returncode, " ".join((run.stdout + run.stderr).split())))
+    (automatic, note), (required, error) = said
+    assert automatic == 0
+    assert "The library for GPUs is not built: there is no CUDA compiler that works" in note
+    assert required != 0
+    assert "WARMROUTE_CUDA=ON, but there is no CUDA compiler that works" in error
+
+
 def test_importing_needs_neither_torch_nor_numpy() -> None:
     code = (
         "import sys, worker_connector.native as n; n.Context('cpu'); assert not {'torch', 'numpy'} & set(sys.modules)"
