@@ -41,6 +41,7 @@ STAGING_BYTES = 256 << 20
 DEFAULT_DISK_PATH = "~/.cache/warmroute/chunks"
 """Where the disk tier is that is switched on without a place."""
 
+_SECRET = frozenset({"remote_url", "report_token"})
 _PREFIXES = ("warmroute.", "lmcache.")
 _LMCACHE_PROCESS_NAMES = frozenset({"config_file", "log_level", "use_experimental", "force_skip_save", "track_usage"})
 
@@ -210,12 +211,19 @@ def _read_file(variable: str, path: str) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigurationError(f"{variable} names {path}, which cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{variable} names {path}, which is no YAML: {error}") from error
+        raise ConfigurationError(f"{variable} names {path}, which is no YAML: {_yaml_fault(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigurationError(f"{variable} names {path}, which must hold a mapping of settings to values")
     return content
+
+
+def _yaml_fault(error: Exception) -> str:
+    """What is wrong and where, without the line itself, which may hold a password."""
+    mark = getattr(error, "problem_mark", None)
+    place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{getattr(error, 'problem', None) or type(error).__name__}{place}"
 
 
 def _lmcache_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -278,7 +286,10 @@ def _flatten(source: str, raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         elif _is_known(name):
             yield name, value
         elif name in SECTIONS:
-            raise ConfigurationError(f"{source}: {name} is a section of {', '.join(SECTIONS[name])}, not {value!r}")
+            # What stands here may be a URL with a password.
+            raise ConfigurationError(
+                f"{source}: {name} is a section of {', '.join(SECTIONS[name])}, not a {type(value).__name__}"
+            )
         else:
             raise ConfigurationError(f"{source}: {_unknown(name, (*SETTINGS, *ALIASES, *ABSENT, *SECTIONS))}")
 
@@ -303,7 +314,8 @@ def _parse(source: str, name: str, value: Any) -> dict[str, Any]:
         given = ALIASES[name](value)
         parsed = {native: _PARSERS[native](part) for native, part in given.items()}
     except ValueError as error:
-        raise ConfigurationError(f"{source}: {name} is {value!r}, but {error}") from error
+        shown = f"a {type(value).__name__}" if name in _SECRET else repr(value)
+        raise ConfigurationError(f"{source}: {name} is {shown}, but {error}") from error
     # Values that came through an alias are sizes, switches and names: none is secret.
     for native, part in parsed.items():
         _log.info("%s: %s is read as %s: %s", source, name, native, part)

@@ -174,7 +174,7 @@ def test_budget(extra: dict[str, Any], budget: int) -> None:
         ({"cpu": {"byte": 1}}, "in cpu, 'byte' is no setting: did you mean 'bytes'?"),
         (
             {"cpu": "20GiB"},
-            "cpu is a section of enabled, bytes, ratio, huge_pages, numa_node, copy_threads, verify, eviction_policy, not '20GiB'",
+            "cpu is a section of enabled, bytes, ratio, huge_pages, numa_node, copy_threads, verify, eviction_policy, not a str",
         ),
         ({"report": {"prot": 1}}, "in report, 'prot' is no setting: did you mean 'port'?"),
         ({"": 1}, "is no setting: did you mean"),
@@ -321,3 +321,26 @@ def test_every_name_leads_somewhere() -> None:
     assert not set(SETTINGS) & set(ABSENT)
     fields = set(ConnectorConfig.__dataclass_fields__) - {"report_port_is_default"}
     assert fields == set(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"remote": "redis://:swordfish@store:6379"},
+        {"remote_url": ["redis://:swordfish@store:6379", 5]},
+        {"remote": {"url": {"url": "redis://:swordfish@store:6379"}}},
+        {"report_token": ["swordfish"]},
+        {"report": {"token": ["swordfish"]}},
+    ],
+)
+def test_no_error_tells_a_secret(extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        resolve(extra)
+    assert "swordfish" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["report_token: 'swordfish\ncpu_bytes: 1", "remote_url: redis://:swordfish@h: 5"])
+def test_a_file_that_is_no_yaml_is_not_quoted(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no YAML: .* in line \d, column \d") as refused:
+        from_file(tmp_path, text)
+    assert "swordfish" not in str(refused.value)
