@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from worker_connector.placement import ANY_NODE
 _HUGE_PAGE = 2 << 20
 _HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 _log = logging.getLogger("vllm.warmroute.slab")
 
@@ -107,12 +108,26 @@ def _machine_memory() -> int | None:
 def _container_memory() -> Iterator[int]:
     """What the control group's limit leaves, file cache that the kernel would drop included (cgroups(7), both
     versions). Going over it ends the process without a word."""
-    for folder, limit, used, cache in (
-        (_CGROUPS, "memory.max", "memory.current", "inactive_file"),
-        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
+    for folder, (limit, used, cache) in _control_groups():
         with suppress(OSError, ValueError):
             figures = [int((folder / name).read_text(encoding="ascii")) for name in (limit, used)]
             lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             dropped = dict(line.split() for line in lines).get(cache, "0")
             yield max(0, figures[0] - figures[1] + int(dropped))
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The process's own control group and those around it, whose limits count as well, and the files that have them. A
+    container mostly sees its own as the root, whatever path it is told."""
+    paths: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        lines = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+        paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    for root, controller, files in (
+        (_CGROUPS, "", ("memory.max", "memory.current", "inactive_file")),
+        (_CGROUPS / "memory", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        own = PurePosixPath("/", paths.get(controller, ""))
+        for path in (own, *own.parents):
+            if ".." not in path.parts:
+                yield root / path.relative_to("/"), files

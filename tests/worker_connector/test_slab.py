@@ -81,6 +81,28 @@ def test_a_slab_larger_than_the_container_is_refused(
         Slab(4, 1 << 20)
 
 
+@pytest.mark.parametrize("limited", ["system.slice/engine.service", "system.slice"])
+@pytest.mark.parametrize(
+    ("controller", "files"),
+    [("", ("memory.max", "memory.current")), ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"))],
+)
+def test_limits_of_a_service_and_of_what_is_around_it_count(
+    controller: str, files: tuple[str, str], limited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = tmp_path / controller / limited
+    group.mkdir(parents=True)
+    for name, content in ((files[0], 10 << 20), (files[1], 7 << 20), ("memory.stat", "anon 1")):
+        (group / name).write_text(f"{content}\n")
+    own = tmp_path / "cgroup"
+    monkeypatch.setattr(slab_module, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(slab_module, "_OWN_GROUPS", own)
+    own.write_text(f"9:cpu,cpuacct:/elsewhere\n3:{controller}:/system.slice/engine.service\n")
+    assert slab_module._available_memory(1, huge=False) == 3 << 20
+    for other in ("nonsense\n", f"3:{controller}:/../system.slice/engine.service\n", f"3:{controller}:/gone\n"):
+        own.write_text(other)
+        assert (slab_module._available_memory(1, huge=False) or 0) > 3 << 20
+
+
 def test_a_container_without_a_limit_has_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab_module, "_CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
