@@ -43,6 +43,8 @@ _STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "
 """Causes that say nothing about the chunk."""
 _SMALL_BYTES = 256 << 10
 _SLACK = 64
+EMPTY_AGAIN_SECONDS = 5.0
+"""A tier that could not be emptied is tried again after so long."""
 
 Writes = Literal["through", "back", "none"]
 
@@ -144,7 +146,8 @@ class LowerTiers:
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._paused: dict[str, float] = {}
-        self._emptying = dict.fromkeys(self._tiers, 0)
+        self._emptying: dict[str, int] = {}
+        self._empty_again: dict[str, float] = {}
         self._pace = {name: Median() for name in self._tiers}
         self._paced_at = dict.fromkeys(self._tiers, -PROBE_SECONDS)
         self._bytes_fetching = 0
@@ -242,7 +245,7 @@ class LowerTiers:
     def _source(self, chunk: bytes, bring: _Bring) -> str | None:
         now = self._clock()
         for tier in self._ledger.below(chunk):
-            if (tier, chunk) not in bring.tried and self._paused.get(tier, 0.0) <= now and not self._emptying[tier]:
+            if (tier, chunk) not in bring.tried and self._paused.get(tier, 0.0) <= now and tier not in self._emptying:
                 return tier
         return None
 
@@ -337,7 +340,7 @@ class LowerTiers:
         if not self._unwritten[tier] or self._paused.get(tier, 0.0) > self._clock():
             return False
         under_way = sum(job.job.tier == tier and job.job.kind == "write" for job in self._jobs.values())
-        if under_way >= WRITES_AT_ONCE:
+        if under_way >= min(WRITES_AT_ONCE, max(1, self._ledger.capacity // (2 * len(self._tiers)))):
             return False
         return self._writes_now(tier) or bool(self._leaving[tier])
 
@@ -368,6 +371,8 @@ class LowerTiers:
 
     def plan_step(self) -> list[TierJob]:
         """What the workers have to do for the lower tiers."""
+        for name in [name for name, due in self._empty_again.items() if due <= self._clock()]:
+            self.drop(name)
         for name in self._tiers:
             if self._may_write(name):
                 self._write(name)
@@ -389,12 +394,13 @@ class LowerTiers:
 
     def drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
         """Delete a tier's copies: of these chunks, or all of this engine's identity. Until all are gone nothing is fetched from
-        there, since weights may have changed and look-ups still find what is yet to be deleted."""
+        there, since weights may have changed and look-ups still find what is yet to be deleted; what fails is tried again."""
         self._take_off_record(tier, chunks)
         if not chunks:
             self._unwritten[tier].clear()
             self._leaving[tier] &= self._writing[tier]
-            self._emptying[tier] += 1
+            self._emptying[tier] = self._next_job + 1
+            self._empty_again.pop(tier, None)
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
 
     def clear(self) -> None:
@@ -405,7 +411,7 @@ class LowerTiers:
     def promote(self, tier: str, chunks: Sequence[bytes], *, evict: bool = False) -> int:
         """Fetch chunks into the CPU tier without a request for them, as far as slots are free or, with ``evict``, can be
         made free; how many will be."""
-        if self._emptying[tier]:
+        if tier in self._emptying:
             return 0
         wanted = [(tier, chunk) for chunk in chunks if not self._ledger.holds(chunk)]
         wanted = wanted if evict else wanted[: self._ledger.free_slots]
@@ -442,8 +448,8 @@ class LowerTiers:
         for name, chunks in self._writing.items():
             jobs = [job.job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "write")]
             assert chunks == {piece.chunk for job in jobs for piece in job.pieces}, "a chunk is written by no job"
-            emptying = [job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "drop")]
-            assert self._emptying[name] == sum(not job.job.pieces for job in emptying), "a tier is barred for no reason"
+            emptying = self._emptying.get(name)
+            assert emptying is None or emptying in self._jobs or name in self._empty_again, "a tier is barred for ever"
             assert self._leaving[name] <= chunks | self._unwritten[name].keys(), "a chunk leaves without being written"
 
     # ---- inside -------------------------------------------------------------------------------------------------
@@ -471,12 +477,19 @@ class LowerTiers:
         elif job.kind == "write":
             self._end_write(ended)
         else:
-            self._emptying[job.tier] -= not job.pieces
+            if not job.pieces and self._emptying.get(job.tier) == job.job:
+                self._end_emptying(job.tier, emptied=not result.failed)
             self._take_off_record(job.tier, [piece.chunk for piece in job.pieces])
         for cause in result.failed.values():
             self._stats.tier_failed(job.tier, job.kind, cause)
         if result.failed and len(result.failed) == len(job.pieces) and _STORE_WIDE & set(result.failed.values()):
             self._paused[job.tier] = self._clock() + PAUSE_SECONDS
+
+    def _end_emptying(self, tier: str, *, emptied: bool) -> None:
+        if emptied:
+            del self._emptying[tier]
+        else:
+            self._empty_again[tier] = self._clock() + EMPTY_AGAIN_SECONDS
 
     def _end_fetch(self, ended: _Job) -> None:
         job, result = ended.job, ended.result

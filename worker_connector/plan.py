@@ -66,7 +66,8 @@ class TierJob:
 
 @dataclass(slots=True)
 class TierResult:
-    """What became of a ``TierJob`` on so many ranks. ``failed`` tells why, by chunk, in one word; ``missing`` what fetched
+    """What became of a ``TierJob`` on so many ranks. ``failed`` tells why, by chunk, in one word, and by the empty name of a
+    job that names no chunk; ``missing`` what fetched
     chunks turned out to lack, ``lossy`` which of them are no exact copies; ``incompressible`` counts chunks that were written
     raw for that reason; ``nbytes`` and ``seconds`` are those of the slowest rank."""
 

@@ -50,6 +50,7 @@ MADE_BYTES = 64 << 20
 """Payloads that are encoded or compressed ahead of a call of a store, unless that is less than four."""
 _OF_USE_TO_OTHERS = frozenset({Check.CODEC, Check.LAYOUT})
 _DISCARD_SECONDS = 2.0
+_EVERYTHING = (Piece(b"", -1),)
 _PAGE_SECONDS = 10.0
 
 _log = logging.getLogger("vllm.warmroute.tiers")
@@ -202,13 +203,19 @@ class TierMovers:
         try:
             self._do(job, began + job.deadline, result)
         except StoreUnavailable as error:
-            _blame(result, job.pieces, error.cause)
+            _blame(result, job.pieces or _EVERYTHING, error.cause)
         except ConnectorError as error:
             _log.error("Tier %s: %s", job.tier, error)
-            _blame(result, job.pieces, "failed")
+            _blame(result, job.pieces or _EVERYTHING, "failed")
         except Exception:  # noqa: BLE001 - a failed move is an outcome, whatever its cause
             _log.exception("Tier %s: a %s of %d chunks failed", job.tier, job.kind, len(job.pieces))
-            _blame(result, job.pieces, "failed")
+            _blame(result, job.pieces or _EVERYTHING, "failed")
+        if not job.pieces and result.failed:
+            _log.error(
+                "Tier %s could not be emptied (%s): nothing is fetched from it until it is, which is tried again",
+                job.tier,
+                result.failed[b""],
+            )
         result.seconds = time.monotonic() - began
         with self._changed:
             self._results[job.job] = result
@@ -218,7 +225,7 @@ class TierMovers:
     def _do(self, job: TierJob, deadline: float, result: TierResult) -> None:
         tier = self._tiers[job.tier]
         if job.kind == "drop":
-            self._drop(tier.store, job.pieces, deadline)
+            self._drop(tier.store, job.pieces, deadline, result)
             return
         move = self._fetch if job.kind == "fetch" else self._write
         most = self._at_once(job.kind, tier)
@@ -332,14 +339,16 @@ class TierMovers:
             room = self._rooms[use, number] = bytearray(size)
         return memoryview(room)[:size]
 
-    def _drop(self, store: Store, pieces: Sequence[Piece], deadline: float) -> None:
+    def _drop(self, store: Store, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         if pieces:
             store.delete([str(self._shape.key(piece.chunk)) for piece in pieces], deadline)
             return
         for page in pages(store, self._stop, _PAGE_SECONDS):
             own = [entry.key for entry in page.entries if self._is_own(entry.key)]
-            if own:
-                store.delete(own, time.monotonic() + _PAGE_SECONDS)
+            gone = store.delete(own, time.monotonic() + _PAGE_SECONDS) if own else []
+            for outcome in gone:
+                if not outcome.ok and outcome.status is not Status.MISSING:
+                    result.failed[b""] = _cause(outcome)
 
     def _is_own(self, key: str) -> bool:
         try:

@@ -8,7 +8,7 @@ import pytest
 from tests.worker_connector.scripted_engine import CHUNK, prompt
 from tests.worker_connector.tiered_engine import TieredEngine, spoil
 from worker_connector.ledger import CPU
-from worker_connector.lower import PAUSE_SECONDS, TierRules
+from worker_connector.lower import EMPTY_AGAIN_SECONDS, PAUSE_SECONDS, TierRules
 
 DISK, REMOTE = TierRules(name="disk"), TierRules(name="remote")
 
@@ -213,6 +213,45 @@ def test_nothing_is_fetched_from_a_tier_that_is_being_emptied() -> None:
     engine.run()
     assert after.loads == 0
     engine.planner.check()
+
+
+def test_a_tier_that_could_not_be_emptied_gives_nothing_until_it_is() -> None:
+    engine, tokens = TieredEngine(), prompt(54, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.planner.lower.asks = engine
+    engine.reset_prefix_cache()
+    engine.drops_fail = True
+    engine.planner.clear()
+    engine.run()
+    engine.add("b", tokens)
+    engine.answer()
+    engine.run()
+    assert engine.ledger.counts()["disk"] == 2
+    forget_above(engine)
+    assert engine.serve("c", tokens).loads == 0
+    engine.drops_fail, engine.planner.lower.asks = False, None
+    engine.now += EMPTY_AGAIN_SECONDS
+    engine.serve("d", prompt(55, CHUNK + 1))
+    engine.run()
+    engine.planner.check()
+    forget_above(engine)
+    engine.serve("e", tokens)
+    forget_above(engine)
+    assert engine.serve("f", tokens).loads == 1
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 8])
+def test_writes_leave_half_of_few_slots_unpinned(slots: int) -> None:
+    engine = TieredEngine(rules=(DISK, REMOTE), slots=slots)
+    engine.hold_tiers = True
+    for number in range(12):
+        engine.add(str(number), prompt(300 + number, CHUNK + 1))
+        for _ in range(3):
+            engine.step()
+    pinned = {piece.slot for under in engine.under for piece in under.job.pieces}
+    assert 0 < len(pinned) <= max(2, slots // 2)
+    engine.hold_tiers = False
+    engine.run()
 
 
 def test_what_is_gone_before_it_was_written_is_not_remembered() -> None:

@@ -1,13 +1,14 @@
 """Moves between slots and a real directory, and look-ups in it."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from worker_connector.chunk_object import HEADER_BYTES, Codec, Section
+from worker_connector.errors import StoreUnavailable
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
 from worker_connector.lookups import Lookups
@@ -15,7 +16,7 @@ from worker_connector.lower import TierRules
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.tier_movers import Shape, Tier, TierMovers
 from worker_connector.tier_stores import is_sound
-from worker_connector.tiers.base import Store
+from worker_connector.tiers.base import Outcome, Status, Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
 
 SLOTS, SLOT_BYTES, PAYLOAD = 8, 12_288, 9_000
@@ -149,6 +150,21 @@ def test_objects_are_told_sound_from_damaged(rig: Rig, tmp_path: Path) -> None:
     assert not is_sound(str(SHAPE.key(CHUNKS[1])), memoryview(content))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_it_is_told_that_a_tier_could_not_be_emptied(rig: Rig, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    rig.run("write", [Piece(CHUNKS[0], 0)])
+
+    def delete(keys: Sequence[str], _deadline: float) -> list[Outcome]:
+        if whole:
+            raise StoreUnavailable("disk", "unreachable", "it is away")
+        return [Outcome(Status.FAILED, cause="unreachable") for _ in keys]
+
+    monkeypatch.setattr(rig.store, "delete", delete)
+    assert rig.run("drop", []).failed == {b"": "unreachable"}
+    monkeypatch.undo()
+    assert not rig.run("drop", []).failed
+
+
 # ---- look-ups -------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +294,7 @@ def test_waiting_for_look_ups_ends_with_the_answer_or_the_time(rig: Rig) -> None
     rig.run("write", [Piece(CHUNKS[0], 0)])
     ledger = Ledger(LeastRecentlyUsed())
     ledger.add_tier("disk")
-    lookups = Lookups(ledger, {"disk": rig.store}, lambda chunk: [SHAPE.key(chunk)], timeout=5.0)
+    lookups = look(ledger, rig.store, [SHAPE], timeout=5.0)
     began = time.monotonic()
     lookups.wait(5.0)
     assert time.monotonic() - began < 1, "nothing was asked"

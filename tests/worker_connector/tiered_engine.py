@@ -41,6 +41,7 @@ class TieredEngine(Engine):
         }
         self.fail: Callable[[TierJob, bytes, int], str] = lambda _job, _chunk, _rank: ""
         self.hold_tiers = False
+        self.drops_fail = False
         self.under: list[_Under] = []
         self.questions: list[Question] = []
         self.rng = random.Random(1)
@@ -88,9 +89,7 @@ class TieredEngine(Engine):
         job, result = under.job, TierResult()
         store = self.stores[job.tier]
         if job.kind == "drop":
-            for key in [key for key in store if key[0] == under.rank]:
-                if not job.pieces or key[1] in {piece.chunk for piece in job.pieces}:
-                    del store[key]
+            self._drop(under, result)
         for piece in job.pieces if job.kind != "drop" else ():
             cause = self.fail(job, piece.chunk, under.rank)
             found = store.get((under.rank, piece.chunk))
@@ -108,6 +107,15 @@ class TieredEngine(Engine):
         result.nbytes, result.seconds = (1 << 20) * len(job.pieces), 0.001
         reported = self._next_report.tiers.setdefault(job.job, TierResult(0))
         reported.merge(result)
+
+    def _drop(self, under: _Under, result: TierResult) -> None:
+        if self.drops_fail:
+            result.failed[b""] = "unreachable"
+            return
+        store, named = self.stores[under.job.tier], {piece.chunk for piece in under.job.pieces}
+        for key in [key for key in store if key[0] == under.rank]:
+            if not named or key[1] in named:
+                del store[key]
 
     def _read(self, rank: int, slot: int) -> Content:
         return {(group, at): dict(held) for (index, group, at), held in self.slots[rank].items() if index == slot}
