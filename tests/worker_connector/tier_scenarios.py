@@ -213,7 +213,7 @@ class Bench:
     def settle(self, seconds: float = 15.0) -> None:
         """Wait until nothing more is written to the lower tiers."""
         known, since, until = -1.0, time.monotonic(), time.monotonic() + seconds
-        while time.monotonic() < until and time.monotonic() - since < 0.4:
+        while time.monotonic() < until and time.monotonic() - since < 0.6:
             tiers = self.stats()["tiers"]
             moved = sum(tier.get("save_bytes", 0) + tier.get("failed_saves", 0) for tier in tiers.values())
             if moved != known:
