@@ -31,7 +31,7 @@ unit: $(STAMPS)/tools $(STAMPS)/servers $(STAMPS)/bench
 # The tests run from a copy, so that what they import is the installed package and not the sources beside them.
 .PHONY: $(STAMPS)/bench
 $(STAMPS)/bench:
-	rm -rf $@ && mkdir -p $@ && cp -R tests benchmarks csrc docs pyproject.toml README.md CHANGELOG.md $@
+	rm -rf $@ && mkdir -p $@ && cp -R tests benchmarks csrc docs CMakeLists.txt pyproject.toml README.md CHANGELOG.md $@
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
