@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +101,8 @@ def allocate(groups: list[KVCacheGroupSpec], layout: KVCacheLayout, kernel_block
         scheduler_config=SimpleNamespace(),
         model_config=SimpleNamespace(),
     )
-    config = get_kv_cache_config_from_groups(settings, groups, 1 << 22)
+    # vLLM completes the specifications it is given.
+    config = get_kv_cache_config_from_groups(settings, deepcopy(groups), 1 << 22)
     views = allocate_kv_cache(config, torch.device("cpu"), layout, kernel_blocks)
     storage = next(iter(views.values())).untyped_storage()
     buffer = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
