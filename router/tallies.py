@@ -5,6 +5,7 @@ are the same. They are only touched on the event loop.
 """
 
 import time
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -82,8 +83,9 @@ class _Family(Collector, Generic[_Series]):
             self._add(metric, dict(zip(self._names, key, strict=True)), series)
         yield metric
 
+    @abstractmethod
     def _add(self, metric: Metric, labels: dict[str, str], series: _Series) -> None:
-        raise NotImplementedError
+        """Add one series' samples."""
 
 
 class Tallies(_Family[Tally]):
