@@ -192,7 +192,7 @@ def fresh_store(tmp_path: Path) -> DiskStore:
 def test_a_listing_finds_what_survived_a_restart_and_puts_the_last_used_last(
     rig: Rig, tmp_path: Path, ledger: Ledger
 ) -> None:
-    rig.run("write", [Piece(chunk, 0) for chunk in CHUNKS])
+    assert not rig.run("write", [Piece(chunk, 0) for chunk in CHUNKS]).failed
     lookups = look(ledger, fresh_store(tmp_path), [SHAPE])
     until(lambda: lookups.scanned)
     assert set(ledger.content()["disk"]) == set(CHUNKS)
@@ -200,7 +200,7 @@ def test_a_listing_finds_what_survived_a_restart_and_puts_the_last_used_last(
 
 
 def test_a_listing_takes_out_what_is_gone(rig: Rig, tmp_path: Path, ledger: Ledger) -> None:
-    rig.run("write", [Piece(CHUNKS[0], 0)])
+    assert not rig.run("write", [Piece(CHUNKS[0], 0)]).failed
     ledger.stored("disk", CHUNKS)
     lookups = look(ledger, fresh_store(tmp_path), [SHAPE])
     until(lambda: lookups.scanned)

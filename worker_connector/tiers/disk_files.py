@@ -294,13 +294,17 @@ class Files:
     def _entries(self, area: int) -> Iterator[tuple[str, os.stat_result]]:
         if not self.has_directory(area):
             return
-        directory = self.directory(area)
-        with os.scandir(directory) as entries:
-            for number, entry in enumerate(entries, 1):
-                if number % _LISTED_AT_ONCE == 0:
-                    time.sleep(_BREATH_SECONDS)  # the engine's threads wait for the interpreter's lock
-                with contextlib.suppress(FileNotFoundError):
-                    yield entry.name, entry.stat(follow_symlinks=False)
+        # Opened anew: all copies of one descriptor read on from one place, and two listings would share the names.
+        directory = os.open(".", _DIRECTORY, dir_fd=self.directory(area))
+        try:
+            with os.scandir(directory) as entries:
+                for number, entry in enumerate(entries, 1):
+                    if number % _LISTED_AT_ONCE == 0:
+                        time.sleep(_BREATH_SECONDS)  # the engine's threads wait for the interpreter's lock
+                    with contextlib.suppress(FileNotFoundError):
+                        yield entry.name, entry.stat(follow_symlinks=False)
+        finally:
+            os.close(directory)
 
     def _remove_if_dead(self, area: int, name: str) -> bool:
         directory = self.directory(area)

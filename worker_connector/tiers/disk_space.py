@@ -35,6 +35,12 @@ class Temporary:
     part: str
     size: int
 
+    def close(self) -> None:
+        """Close the descriptor, once: later its number is another file's."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
 
 class Space:
     """``max_bytes`` bound everything below the root but directories; one page of it is kept for probes."""
@@ -87,7 +93,7 @@ class Space:
             self._files.publish(made.name, made.unit, made.part)
             held.add(area, -charge(older.st_size) if older else 0)
             self._index.add(made.unit, made.part, charge(made.size), expires)
-        os.close(made.fd)
+        made.close()
 
     def drop(self, made: Temporary, deadline: float) -> None:
         """Give up an object that was begun. If that fails, whoever counts its shard next removes it: it is not locked
@@ -102,7 +108,7 @@ class Space:
                 held.mark(area)
                 held.add(area, -self._files.remove(area, made.name))
         finally:
-            os.close(made.fd)
+            made.close()
 
     def delete(self, unit: bytes, part: str, deadline: float) -> bool:
         """Remove an object; whether it was there.

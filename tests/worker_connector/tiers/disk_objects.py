@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -69,10 +70,12 @@ def load(store: DiskStore, number: int, seconds: float = 10.0) -> bytes | None:
 
 
 def used(root: Path) -> int:
-    """Bytes of all files, as somebody who has never heard of the tier counts them."""
+    """Bytes of all files, as somebody who has never heard of the tier counts them. A file that goes meanwhile takes none."""
     total = 0
     for directory, _, names in os.walk(root):
-        total += sum(os.lstat(os.path.join(directory, each)).st_size for each in names)  # noqa: PTH118
+        for each in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(directory, each)).st_size  # noqa: PTH118
     return total
 
 
