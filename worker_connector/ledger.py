@@ -19,6 +19,7 @@ free when the last of them ends, so bytes never change under a transfer.
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Sequence
 from enum import Enum
 
@@ -83,7 +84,7 @@ class Ledger:
         self._forgotten: set[Slot] = set()
         self._free: list[int] = []
         self._ready = 0
-        self._lower: dict[str, dict[bytes, None]] = {}
+        self._lower: dict[str, OrderedDict[bytes, None]] = {}
         self._approximate: dict[bytes, None] = {}
         self._digests = {GPU: RunningDigest(), CPU: RunningDigest()}
         self._changes: list[tuple[type[Change], str, list[bytes]]] = []
@@ -304,7 +305,7 @@ class Ledger:
     def add_tier(self, tier: str) -> None:
         """There is a lower tier of that name, below those added before."""
         with self.lock:
-            self._lower[tier] = {}
+            self._lower[tier] = OrderedDict()
             self._digests[tier] = RunningDigest()
 
     def stored(self, tier: str, chunks: Iterable[bytes], most: int = 1 << 62) -> None:
@@ -314,7 +315,7 @@ class Ledger:
             held = self._lower[tier]
             for chunk in chunks:
                 if chunk in held:
-                    held[chunk] = held.pop(chunk)
+                    held.move_to_end(chunk)
                     continue
                 held[chunk] = None
                 self._digests[tier].add(chunk)

@@ -42,7 +42,7 @@ from worker_connector.lower import LowerTiers, TierRules
 from worker_connector.plan import PLAIN, LoadJob, Span, StepPlan, WorkerReport
 from worker_connector.request_controls import Controls
 from worker_connector.request_state import Adapter, RequestState, external_id
-from worker_connector.saves import TAIL_CHUNKS, Saves
+from worker_connector.saves import OVERDUE_SECONDS, TAIL_CHUNKS, Saves
 from worker_connector.stats import Stats
 
 LOAD_SECONDS = 10.0
@@ -246,7 +246,9 @@ class Planner:
 
     def has_unfinished_transfers(self) -> bool:
         """Whether an engine without requests must keep stepping so that saves are acknowledged."""
-        return self._saves.is_expected() or bool(self._loads) or self.lower.is_expected()
+        horizon = self._clock() - OVERDUE_SECONDS
+        loads = any(load.began > horizon for load in self._loads.values())
+        return loads or self._saves.is_expected() or self.lower.is_expected()
 
     def clear(self) -> None:
         """Empty the tiers behind the GPU."""

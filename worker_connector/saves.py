@@ -18,7 +18,7 @@ from worker_connector.request_state import RequestState
 from worker_connector.stats import Stats
 
 OVERDUE_SECONDS = 60.0
-"""An unacknowledged save keeps an idle engine stepping for no longer than this."""
+"""An unacknowledged save or load keeps an idle engine stepping for no longer than this."""
 
 TAIL_CHUNKS = 4
 """A tail takes a whole slot, so it is kept only behind so many whole chunks."""

@@ -1,4 +1,5 @@
 import random
+import time
 from collections import Counter
 from hashlib import sha256
 
@@ -157,6 +158,20 @@ def test_gpu_changes_are_reported_once() -> None:
         Cleared(GPU),
     ]
     ledger.check()
+
+
+def test_dropping_the_oldest_from_a_record_costs_the_same_however_long_it_is() -> None:
+    def seconds(most: int) -> float:
+        ledger = make(1)
+        ledger.add_tier("disk")
+        ledger.stored("disk", [number.to_bytes(16, "big") for number in range(most)], most)
+        ledger.take_changes()
+        began = time.process_time()
+        ledger.stored("disk", [number.to_bytes(16, "big") for number in range(most, 2 * most)], most)
+        assert ledger.counts()["disk"] == most
+        return (time.process_time() - began) / most
+
+    assert seconds(100_000) < 4 * max(seconds(2_000), seconds(5_000))
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -360,6 +360,19 @@ def test_an_aborted_load_keeps_its_slots_until_it_is_reported() -> None:
     engine.run()
 
 
+def test_a_load_that_nobody_reports_does_not_keep_an_idle_engine_stepping_for_ever() -> None:
+    engine, tokens = Engine(), prompt(24, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    cold_again(engine)
+    engine.hold_loads = True
+    engine.add("b", tokens)
+    engine.step()
+    engine.abort("b")
+    assert engine.planner.has_unfinished_transfers()
+    engine.now += OVERDUE_SECONDS
+    assert not engine.planner.has_unfinished_transfers()
+
+
 def test_a_request_that_never_ran_can_be_finished() -> None:
     engine = Engine()
     engine.add("a", prompt(23, 20))
