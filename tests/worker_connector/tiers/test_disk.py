@@ -545,20 +545,16 @@ def test_an_object_stays_readable_while_another_engine_evicts_it(make: Make, mon
 def test_two_processes_share_a_directory(tmp_path: Path) -> None:
     root, bound = tmp_path / "shared", 3 * MIB
     command = [sys.executable, "-m", "tests.worker_connector.tiers.disk_objects"]
-    writers = [
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
-        )
-        for _ in range(2)
-    ]
-    store = DiskStore(DiskSettings(directory=root, max_bytes=bound, rescan_seconds=1.0))
-    try:
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(ended(command)) for _ in range(2)]
+        store = DiskStore(DiskSettings(directory=root, max_bytes=bound, rescan_seconds=1.0))
+        stack.callback(store.close)
         for number, writer in enumerate(writers):
-            assert writer.stdin
             order = {"root": str(root), "max_bytes": bound, "first": 0, "seconds": 3 + number / 2}
             print(json.dumps(order), file=writer.stdin, flush=True)
-        ended, loaded, most = soon(3), 0, 0
-        while time.monotonic() < ended:
+        until(lambda: store.figures().objects > 5, 60)
+        end, loaded, most = soon(3), 0, 0
+        while time.monotonic() < end:
             with store._space.account.hold(soon()) as held:
                 found = used(root)
                 assert held.total <= bound
@@ -571,22 +567,24 @@ def test_two_processes_share_a_directory(tmp_path: Path) -> None:
                 assert got is None or got == content(number)
                 loaded += got is not None
         for writer in writers:
-            assert writer.stdin
             assert writer.stdout
             assert len(json.loads(writer.stdout.readline())) > 20
-            writer.stdin.close()
-            writer.wait(10)
         assert most > bound * 2 // 3
         assert loaded > 5
         assert used(root) <= bound
         store.check()
-    finally:
-        store.close()
-        for writer in writers:
-            writer.kill()
-            writer.wait()
-            assert writer.stdout
-            writer.stdout.close()
+
+
+@contextlib.contextmanager
+def ended(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """A program of this checkout with pipes, which is gone with the block, and its pipes too."""
+    where = Path(__file__).parents[3]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=where)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_the_lock_is_waited_for_until_the_deadline(make: Make) -> None:
