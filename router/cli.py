@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import os
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
@@ -136,6 +137,9 @@ def register(
     ],
     ttl: Annotated[float, typer.Option(min=0.5, help="seconds without renewal after which it is drained")] = 30.0,
     token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the gateways")] = "",
+    process: Annotated[
+        int | None, typer.Option("--while", metavar="PID", help="end the registration when this process has ended")
+    ] = None,
 ) -> None:
     """Keep a worker registered at gateways while it is well; run it beside the worker."""
     from router.config import WorkerSpec  # noqa: PLC0415 - keeps the other commands quick
@@ -147,7 +151,47 @@ def register(
         specs = WorkerSpec.all_of(worker)
     except ValueError as error:
         _quit(str(error))
-    asyncio.run(keep(specs, gateways, ttl=ttl, token=token))
+    asyncio.run(keep(specs, gateways, ttl=ttl, token=token, process=process))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def worker(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL [FLAGS OF VLLM SERVE]...", help="as for `vllm serve`")
+    ] = None,
+    *,
+    routers: Annotated[
+        list[str] | None,
+        typer.Option("--router", envvar="WARMROUTE_ROUTERS", help="URL of a router to register at; repeat for each"),
+    ] = None,
+    advertise: Annotated[
+        str, typer.Option(envvar="WARMROUTE_ADVERTISE", help="http://HOST:PORT at which routers reach this worker")
+    ] = "",
+    worker_name: Annotated[
+        str, typer.Option(envvar="WARMROUTE_WORKER_NAME", help="what the routers call it [default: HOST:PORT]")
+    ] = "",
+    ttl: Annotated[float, typer.Option(min=0.5, help="seconds without renewal after which routers drain it")] = 30.0,
+    token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the routers")] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="setting of the connector (cpu_bytes=64GiB); repeat for each"),
+    ] = None,
+    show: Annotated[bool, typer.Option("--print", help="print the commands that would run, and end")] = False,
+) -> None:
+    """Start vLLM's server with the connector in it; flags that are not listed here are vLLM's."""
+    from router import worker_command  # noqa: PLC0415 - keeps the other commands quick
+
+    wish = worker_command.Wish(routers or (), advertise, worker_name, ttl, token, settings or ())
+    try:
+        launch = worker_command.prepare(arguments or (), wish, os.environ)
+        for note in launch.notes:
+            typer.echo(f"warmroute: {note}", err=True)
+        if show:
+            typer.echo(worker_command.shown(launch))
+            return
+        worker_command.run(launch, os.environ)
+    except ConfigError as error:
+        _quit(str(error))
 
 
 @app.command()
@@ -183,9 +227,9 @@ def _explain_workers(value: str | None) -> None:
 
 
 def _warn_if_alone(settings: Settings) -> None:
-    if not settings.workers and not settings.discover:
+    if not settings.workers and not settings.discover and not settings.pods:
         logging.getLogger(__name__).warning(
-            "no workers are named (--worker http://HOST:PORT, --discover dns://NAME:PORT): "
+            "no workers are named (--worker http://HOST:PORT, --discover dns://NAME:PORT, --kubernetes-selector): "
             "waiting for them to be added or to register at /admin/workers"
         )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from router.config import WorkerSpec
 TIMEOUT_S = 5.0
 RENEWALS = 3
 """How often a lease is renewed within its time, so that two renewals may fail."""
+
+NOT_YET_S = 1.0
+"""How long it waits where nothing could be renewed: while the engine loads its model, say."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +35,11 @@ class Registration:
         """Renew until ``stop`` is set, then take the worker out."""
         async with httpx.AsyncClient(timeout=min(TIMEOUT_S, self._ttl / RENEWALS)) as client:
             while not stop.is_set():
-                await self.renew(client)
+                pause = self._ttl / RENEWALS
+                if not await self.renew(client):
+                    pause = min(pause, NOT_YET_S)
                 try:
-                    async with asyncio.timeout(self._ttl / RENEWALS):
+                    async with asyncio.timeout(pause):
                         await stop.wait()
                 except TimeoutError:
                     continue
@@ -85,10 +91,27 @@ def _body(worker: WorkerSpec, ttl: float) -> dict[str, Any]:
     return body | ({"key": key} if key else {})
 
 
-async def register(workers: Sequence[WorkerSpec], gateways: Sequence[str], *, ttl: float, token: str) -> None:
-    """Keep an engine's workers registered until SIGTERM or SIGINT."""
+async def register(
+    workers: Sequence[WorkerSpec], gateways: Sequence[str], *, ttl: float, token: str, process: int | None = None
+) -> None:
+    """Keep an engine's workers registered until SIGTERM or SIGINT, or until the process of that number has ended."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    if process is not None and not _watch(process, stop):
+        return
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, stop.set)
     await Registration(workers, gateways, ttl=ttl, token=token).run(stop)
+
+
+def _watch(process: int, stop: asyncio.Event) -> bool:
+    """Set ``stop`` when the process ends; False if it has ended."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return False
+    except OSError as error:  # a kernel, or a sandbox, without process descriptors
+        _log.warning("process %d cannot be watched (%s): its end shows at /health only", process, error.strerror)
+        return True
+    asyncio.get_running_loop().add_reader(descriptor, stop.set)
+    return True

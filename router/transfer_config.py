@@ -1,0 +1,217 @@
+"""What ``warmroute worker`` gives vLLM as ``--kv-transfer-config``: the user's own, the connector in it, and what
+variables and flags that were written for other caches ask for.
+
+The connector itself reads its settings (``WARMROUTE_*``, ``LMCACHE_*``, files); here is only what it cannot see.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from router.engine_flags import EngineFlags
+from router.errors import ConfigError
+
+CONNECTOR = "WarmrouteConnector"
+MODULE = "worker_connector"
+FLAG = "--kv-transfer-config"
+STAND_INS = ("LMCacheConnectorV1", "OffloadingConnector")
+"""Connectors of other caches, whose place ours takes."""
+
+SWITCHES = ("ENABLE_LMCACHE", "VLLM_ENABLE_LMCACHE")
+BACKENDS = ("native", "lmcache", "warmroute")
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+_SIZES = (
+    *("cpu_bytes", "cpu_ratio", "cpu_bytes_to_use", "max_local_cpu_size", "local_cpu_ratio"),
+    *("cpu.bytes", "cpu.ratio", "local_cpu.buffer_size_gb", "local_cpu.max_size_gb", "local_cpu.ratio"),
+)
+
+
+@dataclass
+class TransferConfig:
+    """``whole`` goes to vLLM; ``extra`` is the part of it that holds the connector's settings. ``notes`` say what was
+    read as what."""
+
+    whole: dict[str, Any]
+    extra: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    _environ: Mapping[str, str] = field(default_factory=dict)
+
+    def setting(self, name: str) -> Any:
+        """A setting ``section_key`` as the connector will find it in ``extra``, environment or its file; None if it is
+        nowhere."""
+        section, _, key = name.partition("_")
+        grouped = self.extra.get(section)
+        inner = grouped.get(key) if isinstance(grouped, Mapping) else None
+        for value in (self.extra.get(name), inner, self._environ.get(f"WARMROUTE_{name.upper()}")):
+            if value not in (None, ""):
+                return value
+        return _of_file(self._environ, section, key)
+
+
+def transfer_config(flags: EngineFlags, settings: Sequence[str], environ: Mapping[str, str]) -> TransferConfig:
+    """Takes what it understands out of ``flags``; ``settings`` are ``NAME=VALUE`` of the connector.
+
+    Raises:
+        ConfigError: what is asked for contradicts itself, or is not this connector's.
+    """
+    whole = flags.take_object(FLAG)
+    whole.setdefault("kv_connector", CONNECTOR)
+    whole.setdefault("kv_role", "kv_both")
+    notes: list[str] = []
+    config = TransferConfig(whole, _extra(_own_entry(whole, notes)), notes, environ)
+    _set(config.extra, settings)
+    _switch(config, environ)
+    _offload(config, flags, environ)
+    return config
+
+
+def _own_entry(whole: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The part of the configuration that names our connector."""
+    if whole["kv_connector"] != "MultiConnector":
+        return _adopted(whole, notes)
+    entries = _extra(whole).get("connectors")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and (entry.get("kv_connector") == CONNECTOR or _path(entry) == MODULE):
+            return entry
+    raise ConfigError(
+        f"the MultiConnector of {FLAG} does not hold {CONNECTOR}: add "
+        f'{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_both"}} to its connectors, or run vllm serve itself'
+    )
+
+
+def _adopted(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    name, path = str(entry["kv_connector"]), _path(entry)
+    if path not in ("", MODULE):
+        raise ConfigError(
+            f"{FLAG} takes its connector from {path}: leave kv_connector_module_path out, or run vllm serve itself"
+        )
+    if name != CONNECTOR and name not in STAND_INS:
+        raise ConfigError(
+            f"{FLAG} names {name}: to have both, give MultiConnector with "
+            f'{{"connectors": [{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_both"}}, {{"kv_connector": "{name}", …}}]}} '
+            "as its kv_connector_extra_config; to have that one alone, run vllm serve itself"
+        )
+    if name != CONNECTOR:
+        entry["kv_connector"] = CONNECTOR
+        entry.pop("kv_connector_module_path", None)
+        notes.append(f"{FLAG}: {name} is read as {CONNECTOR}")
+    return entry
+
+
+def _path(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("kv_connector_module_path") or "")
+
+
+def _extra(entry: dict[str, Any]) -> dict[str, Any]:
+    extra = entry.setdefault("kv_connector_extra_config", {})
+    if not isinstance(extra, dict):
+        raise ConfigError(f"kv_connector_extra_config is a JSON object, not a {type(extra).__name__}")
+    return extra
+
+
+def _set(extra: dict[str, Any], settings: Sequence[str]) -> None:
+    for each in settings:
+        name, equals, value = each.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set takes NAME=VALUE (--set cpu_bytes=64GiB), got {name!r}")
+        name = name.strip().replace("-", "_")
+        if extra.get(name, value) != value:
+            raise ConfigError(f"--set {name} and {FLAG} give different values: keep one of them")
+        extra[name] = value
+
+
+def _switch(config: TransferConfig, environ: Mapping[str, str]) -> None:
+    asked = {name: _boolean(name, environ[name]) for name in SWITCHES if environ.get(name)}
+    if len(set(asked.values())) > 1:
+        raise ConfigError(f"{' and '.join(SWITCHES)} contradict each other: keep one of them")
+    for name, wanted in asked.items():
+        if wanted:
+            config.notes.append(f"{name} is read as: use {CONNECTOR}")
+        elif config.setting("enable_prefix_cache") is None:
+            config.extra["enable_prefix_cache"] = False
+            config.notes.append(f"{name} is off: read as enable_prefix_cache: false (the GPU tier is still reported)")
+
+
+def _boolean(name: str, text: str) -> bool:
+    word = text.strip().lower()
+    if word not in _TRUE + _FALSE:
+        raise ConfigError(f"{name} is {text!r}, but takes one of {', '.join(_TRUE + _FALSE)}")
+    return word in _TRUE
+
+
+def _offload(config: TransferConfig, flags: EngineFlags, environ: Mapping[str, str]) -> None:
+    _backend("--kv-offloading-backend", flags.take("--kv-offloading-backend"), config)
+    _backend("VLLM_KV_OFFLOADING_BACKEND", environ.get("VLLM_KV_OFFLOADING_BACKEND"), config)
+    given = _gibibytes("--kv-offloading-size", flags.take("--kv-offloading-size"))
+    if given is not None:
+        if named := _sized(config.extra):
+            raise ConfigError(f"--kv-offloading-size and {named} both size the CPU tier: keep one of them")
+        _size(config, "--kv-offloading-size", given)
+    variable = "VLLM_KV_OFFLOADING_SIZE"
+    wanted = _gibibytes(variable, environ.get(variable))
+    if wanted is None:
+        return
+    if stronger := _sized(config.extra) or _sized_by(environ):
+        config.notes.append(f"{stronger} wins over {variable}")
+    else:
+        _size(config, variable, wanted)
+
+
+def _backend(source: str, value: str | None, config: TransferConfig) -> None:
+    if not value:
+        return
+    if value.strip().lower() not in BACKENDS:
+        raise ConfigError(
+            f"{source} is {value!r}, but takes one of {', '.join(BACKENDS)}; all of them mean {CONNECTOR}"
+        )
+    config.notes.append(f"{source}: {value} is read as {CONNECTOR}")
+
+
+def _gibibytes(source: str, text: str | None) -> int | None:
+    """In bytes; None where nothing is asked for."""
+    if not text:
+        return None
+    try:
+        gibibytes = float(text)
+    except ValueError:
+        gibibytes = -1.0
+    if not 0 <= gibibytes < 1 << 30:
+        raise ConfigError(f"{source} is {text!r}, but takes a number of GiB")
+    return int(gibibytes * (1 << 30)) or None
+
+
+def _size(config: TransferConfig, source: str, size: int) -> None:
+    config.extra["cpu_bytes"] = size
+    config.notes.append(f"{source} is read as cpu_bytes: {size}")
+
+
+def _sized(extra: Mapping[str, Any]) -> str | None:
+    """The setting by which the CPU tier has a size already."""
+    for name in _SIZES:
+        section, dot, key = name.partition(".")
+        inner = extra.get(section)
+        for prefix in ("", "warmroute.", "lmcache."):
+            if prefix + name in extra or (dot and isinstance(inner, Mapping) and key in inner):
+                return prefix + name
+    return None
+
+
+def _sized_by(environ: Mapping[str, str]) -> str | None:
+    variables = (f"{prefix}_{name.upper()}" for prefix in ("WARMROUTE", "LMCACHE") for name in _SIZES)
+    return next((variable for variable in variables if environ.get(variable)), None)
+
+
+def _of_file(environ: Mapping[str, str], section: str, key: str) -> Any:
+    """From the connector's file. One that cannot be read is explained by the connector."""
+    try:
+        content = yaml.safe_load(Path(environ["WARMROUTE_CONFIG_FILE"]).read_text(encoding="utf-8"))
+    except (KeyError, OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    if not isinstance(content, Mapping):
+        return None
+    inner = content.get(section)
+    return content.get(f"{section}_{key}", inner.get(key) if isinstance(inner, Mapping) else None)
