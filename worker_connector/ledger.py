@@ -25,7 +25,7 @@ from enum import Enum
 
 from kv_protocol.digests import RunningDigest, SetDigest
 from kv_protocol.messages import Cleared, Removed, Stored, pack
-from worker_connector.eviction import EvictionPolicy, Expiring
+from worker_connector.eviction import HIGH, NORMAL, EvictionPolicy, Expiring, Prioritised
 
 Change = Stored | Removed | Cleared
 
@@ -34,6 +34,8 @@ CPU = "cpu"
 MOST_APPROXIMATE = 1 << 16
 """Chunks that are remembered as not exact beyond those that are held: more than pass through an engine's cache before their
 last block is evicted from it."""
+HIGH_SHARE = 0.5
+"""Share of the cpu tier's slots that chunks of high priority may have; beyond it a chunk is of normal priority."""
 
 
 class SlotState(Enum):
@@ -50,7 +52,19 @@ class Slot:
     computed on top of one, and is not for tiers that keep exact copies.
     """
 
-    __slots__ = ("approximate", "chunk", "confined", "forgotten", "hidden", "index", "kept", "missing", "pins", "state")
+    __slots__ = (
+        "approximate",
+        "chunk",
+        "confined",
+        "forgotten",
+        "hidden",
+        "index",
+        "kept",
+        "missing",
+        "pins",
+        "priority",
+        "state",
+    )
 
     def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool, confined: bool) -> None:
         self.approximate = False
@@ -59,6 +73,7 @@ class Slot:
         self.confined = confined
         self.index = index
         self.missing = missing
+        self.priority = NORMAL
         self.state = SlotState.SAVING
         self.pins = 0
         self.kept = False
@@ -73,6 +88,7 @@ class Ledger:
         self.lock = threading.RLock()
         self._ttl = ttl
         self._clock = clock
+        self._priorities = policy if isinstance(policy, Prioritised) else None
         self._expiring = Expiring(policy, clock) if ttl else None
         self.capacity = 0
         self.evictions = 0
@@ -112,6 +128,7 @@ class Ledger:
         hidden: bool = False,
         confined: bool = False,
         approximate: bool = False,
+        priority: int = NORMAL,
     ) -> Slot | None:
         """A slot to save ``chunk`` into, evicting another chunk if none is free; None when every slot is in use, the
         next victim is in ``spare``, or the chunk has a slot already. O(1)."""
@@ -124,6 +141,7 @@ class Ledger:
                 return None
             slot = Slot(chunk, self._free.pop(), missing, hidden=hidden, confined=confined)
             slot.approximate = approximate
+            slot.priority = priority
             self._slots[chunk] = slot
             return slot
 
@@ -137,6 +155,8 @@ class Ledger:
                 self._free_if_unused(slot)
                 return
             self._policy.add(slot.chunk)
+            if slot.priority != NORMAL:
+                self._rank(slot, slot.priority)
             if slot.chunk in self.pinned:
                 slot.kept = True
                 self._policy.hold(slot.chunk)
@@ -196,6 +216,18 @@ class Ledger:
         with self.lock:
             for chunk in chunks:
                 self._policy.touch(chunk)
+
+    def raise_priority(self, chunks: Iterable[bytes], priority: int) -> None:
+        """A request of that priority uses these chunks: none of them has a lower one from now on. O(1) each, and O(1) for
+        all where no chunk has another than the normal one."""
+        priorities = self._priorities
+        if priorities is None or not (priorities or priority > NORMAL):
+            return
+        with self.lock:
+            for chunk in chunks:
+                slot = self.lookup(chunk)
+                if slot is not None and priorities.level(chunk) < priority:
+                    self._rank(slot, priority)
 
     def refresh(self, chunks: Iterable[bytes]) -> None:
         """Put each chunk, in this order, behind what came in meanwhile, without counting a use."""
@@ -412,6 +444,14 @@ class Ledger:
 
     def _visible_slots(self) -> Iterable[Slot]:
         return (slot for slot in self._slots.values() if slot.state is SlotState.READY and not slot.hidden)
+
+    def _rank(self, slot: Slot, priority: int) -> None:
+        priorities = self._priorities
+        if priorities is None:
+            return
+        if priority == HIGH and priorities.high >= self.capacity * HIGH_SHARE:
+            priority = NORMAL
+        priorities.set(slot.chunk, priority, held=bool(slot.pins or slot.kept))
 
     def _evict_one(self, spare: Container[bytes]) -> None:
         chunk = self._policy.victim()

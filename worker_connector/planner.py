@@ -512,6 +512,7 @@ class Planner:
         if computed >= self._size:
             used = state.extend()[: computed // self._size]
             self.ledger.touch(reversed(used))
+            self.ledger.raise_priority(used, state.controls.priority)
             self.lower.touched(used)
 
     def _loaded_from(self, state: RequestState, loaded: int) -> dict[str, int]:

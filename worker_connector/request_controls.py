@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from worker_connector.eviction import HIGH, LOW, NORMAL
+
 MOST_KEEP_SECONDS = 86_400.0
 """A request can have its chunks kept for so long at most."""
 MOST_TAGS = 8
 LONGEST_TAG = 128
+PRIORITIES = {"low": LOW, "normal": NORMAL, "high": HIGH}
 _MOST_SAID = 64
 
 _log = logging.getLogger("vllm.warmroute.requests")
@@ -21,12 +24,13 @@ _said: set[str] = set()
 class Controls(NamedTuple):
     """``skip_save``: nothing of the request is saved. ``skip_load``: nothing is loaded for it. ``keep``: for so many
     seconds after it ended, its chunks in the CPU tier are not evicted. ``tags``: names by which operators can name its
-    chunks."""
+    chunks. ``priority``: which chunks the CPU tier gives up first."""
 
     skip_save: bool = False
     skip_load: bool = False
     keep: float = 0.0
     tags: tuple[str, ...] = ()
+    priority: int = NORMAL
 
 
 NONE = Controls()
@@ -70,13 +74,19 @@ def _tags(value: Any) -> tuple[str, ...] | None:
     return tags if len(tags) == len(value) else None
 
 
+def _priority(value: Any) -> int | None:
+    return PRIORITIES.get(value) if isinstance(value, str) else None
+
+
 _PARSERS: dict[Any, Callable[[Any], Any]] = {
     "skip_save": _flag,
     "skip_load": _flag,
     "keep": _seconds,
     "tags": _tags,
+    "priority": _priority,
 }
 _WANTED = {"skip_save": "true or false", "skip_load": "true or false", "keep": "a number of seconds, 0 or more"}
+_WANTED["priority"] = "low, normal or high"
 _WANTED["tags"] = f"a list of up to {MOST_TAGS} names of up to {LONGEST_TAG} characters"
 
 

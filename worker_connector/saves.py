@@ -11,6 +11,7 @@ from math import lcm
 from typing import Any
 
 from worker_connector.block_tables import Tables, is_fuller, missing_blocks
+from worker_connector.eviction import NORMAL
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, Ledger, Slot
 from worker_connector.plan import SaveJob, Span
@@ -132,17 +133,22 @@ class Saves:
         if tables is None:
             return
         own, confined, exact = frozenset(chunks), state.adapter is not None, self._exact_chunks(state, chunks)
+        priority = state.controls.priority
         saved = [
             at
             for at in wanted
-            if self._save_chunk(save, at, chunks[at], tables, own, confined=confined, approximate=at >= exact)
+            if self._save_chunk(
+                save, at, chunks[at], tables, own, confined=confined, approximate=at >= exact, priority=priority
+            )
         ]
         if saved and saved[0] >= TAIL_CHUNKS:
             # The first chunk behind what was there may make a tail superfluous.
             for superfluous in state.tails(saved[0], self.unit):
                 self._ledger.forget(superfluous)
         tokens, spoilt = self._tail_tokens(state), len(chunks) >= exact
-        if tail and self._save_chunk(save, len(chunks), tail, tables, own, tail_tokens=tokens, approximate=spoilt):
+        if tail and self._save_chunk(
+            save, len(chunks), tail, tables, own, tail_tokens=tokens, approximate=spoilt, priority=priority
+        ):
             saved.append(len(chunks))
         if saved:
             save.heads.append(chunks[: saved[0]])
@@ -192,6 +198,7 @@ class Saves:
         tail_tokens: int = 0,
         confined: bool = False,
         approximate: bool = False,
+        priority: int = NORMAL,
     ) -> bool:
         parts = []
         for group in self._groups:
@@ -208,7 +215,13 @@ class Saves:
                 return False
             self._ledger.forget(chunk)
         slot = self._ledger.reserve(
-            chunk, lacking, own, hidden=bool(tail_tokens), confined=confined, approximate=approximate
+            chunk,
+            lacking,
+            own,
+            hidden=bool(tail_tokens),
+            confined=confined,
+            approximate=approximate,
+            priority=priority,
         )
         if slot is None:
             return False

@@ -13,7 +13,7 @@ from kv_protocol.messages import Hello, TierInfo
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import UnsupportedCache
-from worker_connector.eviction import POLICIES
+from worker_connector.eviction import POLICIES, Prioritised
 from worker_connector.geometry import Group, describe_groups
 from worker_connector.gpu_tier import GpuTier
 from worker_connector.ledger import CPU, GPU, Ledger
@@ -53,7 +53,7 @@ class SchedulerHalf:
         self.config = config
         self.model = config.model_name or _served_name(vllm_config.model_config)
         self.stats = Stats()
-        self.ledger = Ledger(POLICIES[config.eviction_policy](), config.ttl)
+        self.ledger = Ledger(Prioritised(POLICIES[config.eviction_policy]), config.ttl)
         self._vllm_config = vllm_config
         self._cache = cache
         self._groups, self._layout = self._describe(may_store=may_load or may_save)

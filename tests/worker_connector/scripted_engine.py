@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from worker_connector.config import ConnectorConfig
-from worker_connector.eviction import LeastRecentlyUsed
+from worker_connector.eviction import LeastRecentlyUsed, Prioritised
 from worker_connector.geometry import Group
 from worker_connector.ledger import Ledger
 from worker_connector.plan import LoadJob, Sample, SaveJob, StepPlan, WorkerReport
@@ -92,7 +92,7 @@ class Engine:
         roles = {name: settings.pop(name) for name in ("may_load", "may_save", "tiers") if name in settings}
         self.config = ConnectorConfig(**{"chunk_size": CHUNK, "load_or_compute": False, **settings})
         self.groups = tuple(Group(at, "", BLOCK, PER_CHUNK, window) for at, window in enumerate(windows))
-        self.ledger = Ledger(LeastRecentlyUsed())
+        self.ledger = Ledger(Prioritised(LeastRecentlyUsed))
         self.ledger.set_capacity(slots)
         self.now = 0.0
         self.messages: list[Any] = []
@@ -124,6 +124,7 @@ class Engine:
         self.fail_load: Callable[[LoadJob, int], set[int] | None] = lambda _job, _rank: None
         self.loaded_chunks: list[list[int]] = []
         self.plans: list[StepPlan] = []
+        self.resets = 0
         self._ended: dict[str, int] = {}
         self._failed: set[str] = set()
 
@@ -163,6 +164,18 @@ class Engine:
         assert not self.owners, "blocks are in use"
         self.cached.clear()
         self.names.clear()
+        self.planner.gpu_emptied()
+
+    def clear(self) -> None:
+        """As after a change of weights: preempt what runs, if nothing is being loaded, and reset what can be."""
+        if not any(request.status in ("loading", "aborted") for request in self.requests.values()):
+            while self.running:
+                self._preempt_last()
+        is_empty = not self.owners
+        if is_empty:
+            self.reset_prefix_cache()
+        self.resets += 1
+        self.planner.clear(f"reset {self.resets}", gpu_is_empty=is_empty)
 
     # ---- a step -------------------------------------------------------------------------------------------------
 

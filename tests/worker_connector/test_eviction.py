@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker_connector.eviction import POLICIES, EvictionPolicy, Expiring, Expiry, LeastFrequentlyUsed, LeastRecentlyUsed
+from worker_connector.eviction import (
+    POLICIES,
+    EvictionPolicy,
+    Expiring,
+    Expiry,
+    LeastFrequentlyUsed,
+    LeastRecentlyUsed,
+    Prioritised,
+)
 from worker_connector.eviction.ring import Ring
 
 
@@ -531,3 +539,49 @@ def test_ring_against_a_list(calls: list[tuple[str, int]]) -> None:
             plain.remove(chunk)
         ring.check()
         assert list(ring) == plain
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "touch", "set", "hold", "release", "discard"]),
+            st.integers(0, 7),
+            st.integers(-1, 1),
+        ),
+        max_size=80,
+    )
+)
+def test_priorities_against_a_plain_queue(calls: list[tuple[str, int, int]]) -> None:
+    made = Prioritised(LeastRecentlyUsed)
+    queue: list[int] = []  # everything that is not held, the first to go first, whatever its priority
+    holding: set[int] = set()
+    levels: dict[int, int] = {}
+    for call, number, level in calls:
+        known = number in levels
+        if call == "add" and not known:
+            made.add(name(number))
+            queue.append(number)
+            levels[number] = 0
+        elif call == "set" and known:
+            made.set(name(number), level, held=number in holding)
+            if level != levels[number] and number not in holding:
+                queue.remove(number)
+                queue.append(number)
+            levels[number] = level
+        elif call == "hold" and number in queue:
+            made.hold(name(number))
+            queue.remove(number)
+            holding.add(number)
+        elif call in ("touch", "release") and number in (queue if call == "touch" else holding):
+            getattr(made, call)(name(number))
+            holding.discard(number)
+            queue = [each for each in queue if each != number] + [number]
+        elif call == "discard" and known:
+            made.discard(name(number))
+            queue = [each for each in queue if each != number]
+            holding.discard(number)
+            del levels[number]
+        made.check()
+        first = min(queue, key=lambda each: levels[each], default=None)
+        assert made.victim() == (None if first is None else name(first))
+        assert all(made.level(name(each)) == level for each, level in levels.items())

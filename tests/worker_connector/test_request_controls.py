@@ -35,6 +35,7 @@ def test_what_makes_sense_is_taken() -> None:
     for no_tags in ("a", ["a", 1], [""], ["a" * 129], ["a"] * 9, {"a": 1}):
         assert read({"tags": no_tags}) == NONE
     assert read({"skip_load": True}) == Controls(skip_load=True)
+    assert [read({"priority": each}).priority for each in ("low", "normal", "high", "urgent", 1)] == [-1, 0, 1, 0, 0]
     for seconds in (1e12, 10**400, MOST_KEEP_SECONDS):
         assert read({"keep": seconds}).keep == MOST_KEEP_SECONDS
     for nonsense in (float("nan"), float("inf"), -1, True, -(10**400)):
@@ -50,11 +51,11 @@ def test_what_makes_sense_is_taken() -> None:
 def test_what_makes_none_is_ignored_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            wrong = {"skip_save": 1, "skip_load": True, "keep": "long", "priority": 3}
+            wrong = {"skip_save": 1, "skip_load": True, "keep": "long", "urgency": 3}
             assert read(wrong) == Controls(skip_load=True)
             assert read("fast") is NONE
     assert len(caplog.messages) == 4
-    assert "'priority' is unknown and ignored; known: skip_save, skip_load, keep, tags" in caplog.text
+    assert "'urgency' is unknown and ignored; known: skip_save, skip_load, keep, tags, priority" in caplog.text
     assert "skip_save is true or false" in caplog.text
 
 
@@ -114,3 +115,43 @@ def test_chunks_are_kept_after_their_request_for_its_time_and_within_its_share()
     for number in range(12, 20):
         engine.serve(f"r{number}", prompt(number, 4 * CHUNK + 1))
     assert not kept & set(engine.ledger.content()[CPU])
+
+
+def test_a_low_priority_takes_no_slot_from_others_for_long() -> None:
+    engine = Engine(blocks=400, slots=8)
+    engine.serve("kept", prompt(1, 4 * CHUNK), max_tokens=1)
+    for number in range(10, 14):
+        engine.serve(f"batch {number}", prompt(number, 4 * CHUNK), max_tokens=1, **with_controls(priority="low"))
+    engine.serve("later", prompt(2, 4 * CHUNK), max_tokens=1)
+    engine.reset_prefix_cache()
+    for name, seed in (("kept", 1), ("later", 2)):
+        assert held(engine, f"{name} again", [*prompt(seed, 4 * CHUNK), 7]) == 4
+
+
+def test_a_high_priority_outlives_normal_requests_up_to_half_of_the_slots() -> None:
+    engine = Engine(blocks=400, slots=8)
+    engine.serve("system", prompt(1, 4 * CHUNK), max_tokens=1, **with_controls(priority="high"))
+    engine.serve("greedy", prompt(2, 4 * CHUNK), max_tokens=1, **with_controls(priority="high"))
+    for number in range(10, 14):
+        engine.serve(f"normal {number}", prompt(number, 4 * CHUNK), max_tokens=1)
+    engine.reset_prefix_cache()
+    assert held(engine, "system again", [*prompt(1, 4 * CHUNK), 7]) == 4
+    assert held(engine, "greedy again", [*prompt(2, 4 * CHUNK), 7]) == 0
+
+
+def test_a_chunk_that_a_normal_request_uses_is_not_of_low_priority_any_more() -> None:
+    engine = Engine(blocks=400, slots=8)
+    shared = prompt(1, 4 * CHUNK)
+    engine.serve("batch", shared, max_tokens=1, **with_controls(priority="low"))
+    engine.serve("chat", [*shared, 7], max_tokens=1)
+    engine.serve("another batch", prompt(2, 4 * CHUNK), max_tokens=1, **with_controls(priority="low"))
+    engine.serve("other", prompt(3, 4 * CHUNK), max_tokens=1)
+    engine.reset_prefix_cache()
+    assert held(engine, "chat again", [*shared, 8]) == 4
+
+
+def held(engine: Engine, name: str, tokens: list[int]) -> int:
+    """Chunks that a request loads."""
+    engine.loaded_chunks.clear()
+    engine.serve(name, tokens, max_tokens=1)
+    return sum(map(len, engine.loaded_chunks))

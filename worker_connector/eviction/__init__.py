@@ -9,10 +9,14 @@ from worker_connector.eviction.base import EvictionPolicy
 from worker_connector.eviction.expiry import Expiring, Expiry
 from worker_connector.eviction.lfu import LeastFrequentlyUsed
 from worker_connector.eviction.lru import FirstInFirstOut, LeastRecentlyUsed
+from worker_connector.eviction.priorities import HIGH, LOW, NORMAL, Prioritised
 from worker_connector.eviction.s3fifo import S3Fifo
 from worker_connector.eviction.sieve import Sieve
 
 __all__ = [
+    "HIGH",
+    "LOW",
+    "NORMAL",
     "POLICIES",
     "AdaptiveReplacement",
     "EvictionPolicy",
@@ -21,6 +25,7 @@ __all__ = [
     "FirstInFirstOut",
     "LeastFrequentlyUsed",
     "LeastRecentlyUsed",
+    "Prioritised",
     "S3Fifo",
     "Sieve",
 ]
