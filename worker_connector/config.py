@@ -65,6 +65,7 @@ class ConnectorConfig:
     huge_pages: bool = False
     numa_node: int | None = None
     copy_threads: int = 1
+    async_write: bool = True
     verify: bool = False
     eviction_policy: str = "lru"
     min_load_tokens: int = 0
@@ -154,6 +155,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "huge_pages": boolean,
     "numa_node": numa_node,
     "copy_threads": copy_threads,
+    "async_write": boolean,
     "verify": boolean,
     "eviction_policy": choice(*POLICIES),
     "min_load_tokens": non_negative,

@@ -68,6 +68,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "huge_pages": "huge_pages",
         "numa_node": "numa_node",
         "copy_threads": "copy_threads",
+        "async_write": "async_write",
         "verify": "verify",
         "eviction_policy": "eviction_policy",
     },
@@ -125,7 +126,6 @@ class Absent(NamedTuple):
 
 ABSENT: dict[str, Absent] = {
     "retrieval_mode": Absent("available here: exact", ("exact", "")),
-    "async_write": Absent("saves are always asynchronous: leave it true", (True, 1, "")),
     "enable_vision_cache": Absent("outputs of vision encoders are not cached: leave it false"),
     "conversation_mode": Absent(
         "a conversation's tail is not kept from eviction (generated tokens are saved anyway): leave it false"

@@ -110,11 +110,13 @@ class WorkerHalf:
                 self._tiers.wait_for_fetches(IDLE_WAIT_SECONDS)
 
     def save(self, plan: StepPlan) -> None:
-        """After the forward: begin the step's saves."""
+        """After the forward: begin the step's saves; without ``async_write``, end them too."""
         self._timed_step = plan.step
         self._due = None
         if self._transfers is not None and plan.save is not None:
             self._transfers.save(plan.save)
+            if not self._config.async_write:
+                self._transfers.settle([plan.save.job])
 
     def take_results(self) -> LoadResults | None:
         """What became of loads since the last call, None where none ended. Each load is named once."""

@@ -44,8 +44,8 @@ def test_defaults() -> None:
         ({"enable_cpu": False}, {"enable_cpu": False}),
         ({"enable_prefix_cache": "off"}, {"enable_prefix_cache": False}),
         ({"eviction_policy": "LRU"}, {"eviction_policy": "lru"}),
-        ({"cpu": {"huge_pages": True, "copy_threads": "4", "verify": "on"}},
-         {"huge_pages": True, "copy_threads": 4, "verify": True}),
+        ({"cpu": {"huge_pages": True, "copy_threads": "4", "verify": "on", "async_write": "no"}},
+         {"huge_pages": True, "copy_threads": 4, "verify": True, "async_write": False}),
         ({"numa_node": "auto"}, {"numa_node": None}),
         ({"numa_node": "Any"}, {"numa_node": -1}),
         ({"numa_node": "1"}, {"numa_node": 1}),
@@ -174,7 +174,7 @@ def test_budget(extra: dict[str, Any], budget: int) -> None:
         ({"cpu": {"byte": 1}}, "in cpu, 'byte' is no setting: did you mean 'bytes'?"),
         (
             {"cpu": "20GiB"},
-            "cpu is a section of enabled, bytes, ratio, huge_pages, numa_node, copy_threads, verify, eviction_policy, not a str",
+            "cpu is a section of enabled, bytes, ratio, huge_pages, numa_node, copy_threads, async_write, verify, eviction_policy, not a str",
         ),
         ({"report": {"prot": 1}}, "in report, 'prot' is no setting: did you mean 'port'?"),
         ({"": 1}, "is no setting: did you mean"),
@@ -219,7 +219,6 @@ def test_mistakes_are_named(extra: dict[Any, Any], message: str) -> None:
     [
         ({"remote_serde": "cachegen"}, "it is one of raw, exp12, fp8, k16v8, int8, zstd, lz4"),
         ({"retrieval_mode": "semantic"}, "available here: exact"),
-        ({"async_write": False}, "saves are always asynchronous"),
         ({"enable_vision_cache": True}, "vision encoders"),
         ({"conversation_mode": "true"}, "a conversation's tail is not kept from eviction"),
         ({"save_decode_cache": False}, "generated tokens are always saved"),

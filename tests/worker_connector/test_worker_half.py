@@ -13,6 +13,7 @@ pytest.importorskip("torch", reason="the worker half needs torch")
 import torch
 
 from worker_connector.config import ConnectorConfig
+from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable
 from worker_connector.plan import LoadJob, SaveJob, Span, StepPlan
 from worker_connector.worker_half import WorkerHalf
@@ -73,10 +74,18 @@ def views(buffer: torch.Tensor) -> Mapping[str, torch.Tensor]:
     return {f"l{layer}": buffer.view(LAYERS, BLOCKS, PAGE)[layer] for layer in range(LAYERS)}
 
 
+class SlowSaves(Copier):
+    """A copier whose saves take a while."""
+
+    def to_slab(self, *arguments: Any) -> Any:
+        time.sleep(0.3)
+        return super().to_slab(*arguments)
+
+
 @contextmanager
-def registered(buffer: torch.Tensor, **settings: Any) -> Iterator[WorkerHalf]:
+def registered(buffer: torch.Tensor, copier: type[Copier] = Copier, **settings: Any) -> Iterator[WorkerHalf]:
     config = ConnectorConfig(**{"chunk_size": 64, "cpu_bytes": 1 << 20, **settings})
-    half = WorkerHalf(config, described(), SimpleNamespace(world_size=1))
+    half = WorkerHalf(config, described(), SimpleNamespace(world_size=1), copier)
     half.register(views(buffer))
     try:
         yield half
@@ -119,6 +128,14 @@ def test_blocks_come_back_from_the_slab(settings: dict[str, Any]) -> None:
         results, same = cycle(half, buffer)
         assert (results.finished, results.failed, results.failed_blocks) == ({"a"}, set(), set())
         assert same
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_without_asynchronous_writes_a_step_ends_with_its_save(*, waits: bool) -> None:
+    with registered(cache(), SlowSaves, async_write=not waits) as half:
+        half.save(StepPlan(save=SaveJob(1, [Span(3, 0, 0, [1, 2, 3, 4])])))
+        report = half.take_report()
+        assert (report is not None and report.saved == {1: 1}) is waits
 
 
 def test_damage_in_the_slab_fails_the_load_where_it_is_looked_for() -> None:
