@@ -4,6 +4,10 @@
 the order in which they are declared. With a LoRA adapter it is ``H(identity digest, "lora" NUL, content digest)``:
 adapters are told apart by what they hold, not by what they are called.
 
+Weights that were changed in a running engine are another *generation* of those it started with. Its digest is
+``H(identity digest, "generation" NUL, name of the generation)``; the weights of the start have no name, and the digest
+of the identity itself.
+
 Model *names* are no part of it. Engines that serve the same weights under two names exchange chunks when they are
 configured to hash under one name (``model_name``), because the name is bound into chunk hashes.
 """
@@ -15,6 +19,7 @@ import msgspec
 from kv_protocol.hashing import HASH_BYTES
 
 _ADAPTER_TAG = b"lora\0"
+_GENERATION_TAG = b"generation\0"
 
 
 class GroupGeometry(msgspec.Struct, frozen=True):
@@ -55,3 +60,11 @@ class Identity(msgspec.Struct, frozen=True):
         """16 bytes that differ whenever any field does, or the content digest of the LoRA ``adapter``."""
         own = sha256(msgspec.msgpack.encode(self)).digest()[:HASH_BYTES]
         return sha256(own + _ADAPTER_TAG + adapter).digest()[:HASH_BYTES] if adapter else own
+
+
+def in_generation(identity: bytes, generation: str) -> bytes:
+    """The digest of an identity once its weights are of this generation: its own for the weights of the start, whose
+    name is empty."""
+    if not generation:
+        return identity
+    return sha256(identity + _GENERATION_TAG + generation.encode()).digest()[:HASH_BYTES]

@@ -123,7 +123,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:
-            self._scheduler.planner.added(request)
+            self._scheduler.added(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
@@ -169,7 +169,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def reset_cache(self) -> bool:
         if self._scheduler is not None:
-            self._scheduler.planner.clear()
+            self._scheduler.reset()
         return True
 
     # ---- worker half --------------------------------------------------------------------------------------------

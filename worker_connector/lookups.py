@@ -12,9 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
+from kv_protocol.identity import in_generation
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.errors import StoreUnavailable
 from worker_connector.ledger import Ledger
@@ -26,6 +28,8 @@ _PAGE_SECONDS = 10.0
 _MOST_QUESTIONS = 256
 _SLICE = 512
 _YIELD_SECONDS = 0.0002
+
+_identity_in = lru_cache(1024)(in_generation)
 
 _log = logging.getLogger("vllm.warmroute.tiers")
 
@@ -51,10 +55,38 @@ class Pending:
             self._ended.set()
 
 
+class Scope(Protocol):
+    """What of a store is this engine's now. Read under the ledger's lock."""
+
+    @property
+    def generation(self) -> str:
+        """Of the weights."""
+        ...
+
+    def may_be_found(self, tier: str, chunks: Iterable[bytes]) -> list[bytes]:
+        """Those of these chunks that are not about to be deleted."""
+        ...
+
+
+class Always:
+    """One generation, of which nothing is deleted."""
+
+    generation = ""
+
+    def may_be_found(self, _tier: str, chunks: Iterable[bytes]) -> list[bytes]:
+        """All of them."""
+        return list(chunks)
+
+
+class _OtherGeneration(Exception):
+    """The generation changed in the middle of a listing."""
+
+
 class Lookups:
-    """``names`` gives the objects of a chunk, one for each rank: it is there when all of them are. ``rules`` say how many
-    chunks of a tier are kept on record, and whether it is listed. ``found`` is told after the record was changed while no
-    request waits, so that readers hear of it."""
+    """``names`` gives the objects of a chunk, one for each rank, of the weights of the start: it is there when all of them
+    are. ``rules`` say how many chunks of a tier are kept on record, and whether it is listed. ``found`` is told after the
+    record was changed while no request waits, so that readers hear of it. ``scope`` tells whose objects count: what was
+    looked up in another generation is not put on record."""
 
     def __init__(
         self,
@@ -66,13 +98,15 @@ class Lookups:
         timeout: float = 0.2,
         rescan_seconds: float = 300.0,
         found: Callable[[], None] = lambda: None,
+        scope: "Scope | None" = None,
     ) -> None:
+        scope = scope or Always()
         self._ledger = ledger
         self._timeout = timeout
         self._ended = threading.Event()
         self._asked: deque[Pending] = deque(maxlen=_MOST_QUESTIONS)
         self._tiers = [
-            _TierLookups(ledger, stores[each.name], names, each, rescan_seconds=rescan_seconds, found=found)
+            _TierLookups(ledger, stores[each.name], names, each, scope, rescan_seconds=rescan_seconds, found=found)
             for each in rules
         ]
 
@@ -92,6 +126,11 @@ class Lookups:
         if self._asked:
             self._ended.wait(seconds)
         self._ended.clear()
+
+    def list_again(self) -> None:
+        """List now what is listed: the generation is another one. Returns at once."""
+        for tier in self._tiers:
+            tier.list_again()
 
     @property
     def scanned(self) -> bool:
@@ -115,10 +154,13 @@ class _TierLookups:
         store: Store,
         names: Callable[[bytes], Sequence[ObjectKey]],
         rules: TierRules,
+        scope: Scope,
         *,
         rescan_seconds: float,
         found: Callable[[], None],
     ) -> None:
+        self._scope = scope
+        self._again = threading.Event()
         self.scanned = not rules.listed
         self._ledger = ledger
         self.name = name = rules.name
@@ -150,8 +192,12 @@ class _TierLookups:
             self._questions.append((chunks, question, until))
             self._wake.notify()
 
+    def list_again(self) -> None:
+        self._again.set()
+
     def close(self) -> None:
         self._stop.set()
+        self._again.set()
         with self._wake:
             self._wake.notify()
         self._store.close()
@@ -166,17 +212,24 @@ class _TierLookups:
                     return
                 chunks, question, until = self._questions.popleft()
             present: list[bytes] = []
+            generation = self._scope.generation
             try:
-                present = self._present(chunks, until) if time.monotonic() < until else []
+                present = self._present(chunks, generation, until) if time.monotonic() < until else []
             except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
                 _log.exception("A look-up in tier %s failed", self.name)
             with self._ledger.lock:
-                self._ledger.stored(self.name, present, self._most)
+                if generation == self._scope.generation:
+                    present = self._scope.may_be_found(self.name, present)
+                    self._ledger.stored(self.name, present, self._most)
                 question.answered()
 
-    def _present(self, chunks: Sequence[bytes], until: float) -> list[bytes]:
+    def _names_in(self, generation: str, chunk: bytes) -> list[ObjectKey]:
+        names = self._names(chunk)
+        return [name._replace(identity=_identity_in(name.identity, generation)) for name in names]
+
+    def _present(self, chunks: Sequence[bytes], generation: str, until: float) -> list[bytes]:
         """Those of ``chunks`` of which every rank's object is there."""
-        keys = [str(key) for chunk in chunks for key in self._names(chunk)]
+        keys = [str(key) for chunk in chunks for key in self._names_in(generation, chunk)]
         try:
             outcomes = self._store.exists(keys, until)
         except StoreUnavailable as error:
@@ -188,15 +241,18 @@ class _TierLookups:
     def _list(self) -> None:
         while not self._stop.is_set():
             began = time.monotonic()
+            self._again.clear()
             try:
-                listed = self._list_once()
+                listed = self._list_once(self._scope.generation)
+            except _OtherGeneration:
+                continue
             except StoreUnavailable as error:
                 _log.debug("Listing tier %s: %s", self.name, error)
-                self._stop.wait(min(30.0, self._rescan_seconds))
+                self._rest(min(30.0, self._rescan_seconds))
                 continue
             except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
                 _log.exception("Listing tier %s failed", self.name)
-                self._stop.wait(self._rescan_seconds)
+                self._rest(self._rescan_seconds)
                 continue
             if not self.scanned:
                 self.scanned = True
@@ -206,41 +262,60 @@ class _TierLookups:
                     listed,
                     time.monotonic() - began,
                 )
-            self._stop.wait(self._rescan_seconds)
+            self._rest(self._rescan_seconds)
 
-    def _list_once(self) -> int:
+    def _rest(self, seconds: float) -> None:
+        if not self._stop.is_set():
+            self._again.wait(seconds)
+
+    def _list_once(self, generation: str) -> int:
         """Put on record what the tier has of this engine's identity, and take out what was on record before and is not
         there any more; how many chunks it has. They are on record in the order in which they were last used, as far as
         the store tells."""
-        before = set(self._ledger.newest(self.name, self._most))
+        with self._ledger.lock:
+            self._check_generation(generation)
+            before = set(self._ledger.newest(self.name, self._most))
+
+        def stored(chunks: Iterable[bytes]) -> None:
+            self._check_generation(generation)
+            self._ledger.stored(self.name, self._scope.may_be_found(self.name, chunks), self._most)
+
+        def removed(chunks: Iterable[bytes]) -> None:
+            self._check_generation(generation)
+            self._ledger.removed(self.name, chunks)
+
         parts: dict[bytes, set[int]] = {}
         used: dict[bytes, float] = {}
         for page in pages(self._store, self._stop, _PAGE_SECONDS):
-            whole = dict(self._whole(page.entries, parts))
+            whole = dict(self._whole(page.entries, parts, generation))
             used |= whole
             if whole:
-                self._in_slices(whole, self._stored)
+                self._in_slices(whole, stored)
                 self._found()
         if self._stop.is_set():
             return len(used)
         if not self.scanned:
-            self._in_slices(sorted(used, key=used.__getitem__), self._stored)
-        self._in_slices(before - used.keys(), lambda chunks: self._ledger.removed(self.name, chunks))
+            self._in_slices(sorted(used, key=used.__getitem__), stored)
+        self._in_slices(before - used.keys(), removed)
         self._found()
         return len(used)
 
-    def _stored(self, chunks: Iterable[bytes]) -> None:
-        self._ledger.stored(self.name, chunks, self._most)
+    def _check_generation(self, generation: str) -> None:
+        if generation != self._scope.generation:
+            raise _OtherGeneration
 
     def _in_slices(self, chunks: Collection[bytes], change: Callable[[list[bytes]], None]) -> None:
         """Change the record in portions, with the ledger free in between for as long as whoever waits needs to take it: the
         engine's step does not wait for a million chunks."""
         rest = iter(chunks)
         while part := list(islice(rest, _SLICE)):
-            change(part)
+            with self._ledger.lock:
+                change(part)
             time.sleep(_YIELD_SECONDS)
 
-    def _whole(self, entries: Iterable[Entry], parts: dict[bytes, set[int]]) -> Iterable[tuple[bytes, float]]:
+    def _whole(
+        self, entries: Iterable[Entry], parts: dict[bytes, set[int]], generation: str
+    ) -> Iterable[tuple[bytes, float]]:
         """Chunks that are complete with these objects, and when they were last used; ``parts`` has the ranks met of those
         that are not."""
         for entry in entries:
@@ -248,7 +323,7 @@ class _TierLookups:
                 key = ObjectKey.parse(entry.key)
             except ValueError:
                 continue
-            if key not in self._names(key.chunk):
+            if key not in self._names_in(generation, key.chunk):
                 continue
             met = parts.setdefault(key.chunk, set())
             met.add(key.rank)

@@ -14,7 +14,11 @@ hit:
 
 Chunks computed under a LoRA adapter stay above: their hash binds the adapter's name, not its content.
 
-Everything here runs on the engine's thread, under the ledger's lock.
+What is below belongs to a generation of the weights. Every job names the one it was planned in; with another generation
+the record starts empty, and what becomes of jobs of the one before changes nothing but who may have their slots.
+
+Everything here runs under the ledger's lock, and on the engine's thread but for what others may call: ``begin_drop``,
+``may_be_found`` and ``rename``.
 """
 
 import time
@@ -24,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from worker_connector.estimate import PROBE_SECONDS, Estimator, Median
-from worker_connector.ledger import Ledger, Slot, SlotState
+from worker_connector.ledger import CPU, Ledger, Slot, SlotState
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.request_state import RequestState
 from worker_connector.stats import Stats
@@ -43,6 +47,8 @@ _STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "
 """Causes that say nothing about the chunk."""
 _SMALL_BYTES = 256 << 10
 _SLACK = 64
+_ANNOUNCED = 0
+"""In the place of a job's number: that job is still to be planned."""
 EMPTY_AGAIN_SECONDS = 5.0
 """A tier that could not be emptied is tried again after so long."""
 
@@ -146,7 +152,9 @@ class LowerTiers:
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._paused: dict[str, float] = {}
+        self.generation = ""
         self._emptying: dict[str, int] = {}
+        self._dropping: dict[str, dict[bytes, int]] = {name: {} for name in self._tiers}
         self._empty_again: dict[str, float] = {}
         self._pace = {name: Median() for name in self._tiers}
         self._paced_at = dict.fromkeys(self._tiers, -PROBE_SECONDS)
@@ -245,7 +253,9 @@ class LowerTiers:
     def _source(self, chunk: bytes, bring: _Bring) -> str | None:
         now = self._clock()
         for tier in self._ledger.below(chunk):
-            if (tier, chunk) not in bring.tried and self._paused.get(tier, 0.0) <= now and tier not in self._emptying:
+            if (tier, chunk) in bring.tried or self._paused.get(tier, 0.0) > now:
+                continue
+            if tier not in self._emptying and chunk not in self._dropping[tier]:
                 return tier
         return None
 
@@ -392,28 +402,59 @@ class LowerTiers:
         for tier, chunks in lost.items():
             self._ledger.removed(tier, chunks)
 
-    def drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
-        """Delete a tier's copies: of these chunks, or all of this engine's identity. Until all are gone nothing is fetched from
-        there, since weights may have changed and look-ups still find what is yet to be deleted; what fails is tried again."""
+    def begin_drop(self, tier: str, chunks: Sequence[bytes] = ()) -> None:
+        """Have nothing of a tier, or nothing of these chunks, found or fetched from now on. ``drop`` is to follow."""
         self._take_off_record(tier, chunks)
-        if not chunks:
+        if chunks:
+            self._dropping[tier].update(dict.fromkeys(chunks, _ANNOUNCED))
+        else:
+            self._emptying[tier] = _ANNOUNCED
+            self._empty_again.pop(tier, None)
+
+    def drop(self, tier: str, chunks: Sequence[bytes] = (), generation: str | None = None) -> None:
+        """Delete a tier's copies: of these chunks, or all of this engine's identity, in this generation if it still is that one.
+        Until all are gone nothing is fetched from there, and look-ups do not find what is yet to be deleted; what fails is
+        tried again."""
+        if generation not in (None, self.generation):
+            return
+        self.begin_drop(tier, chunks)
+        number = self._next_job + 1
+        if chunks:
+            self._dropping[tier].update(dict.fromkeys(chunks, number))
+        else:
             self._unwritten[tier].clear()
             self._leaving[tier] &= self._writing[tier]
-            self._emptying[tier] = self._next_job + 1
-            self._empty_again.pop(tier, None)
+            self._emptying[tier] = number
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
 
-    def clear(self) -> None:
-        """Delete everything of this engine's identity from all lower tiers."""
+    def may_be_found(self, tier: str, chunks: Iterable[bytes]) -> list[bytes]:
+        """Those of a tier's chunks that are not about to be deleted."""
+        dropping = self._dropping[tier]
+        return [] if tier in self._emptying else [chunk for chunk in chunks if chunk not in dropping]
+
+    def enter(self, generation: str) -> None:
+        """The weights are another generation: nothing that is below is of use, and nothing of it is deleted, since others
+        may have the weights of before. What is above has to be dropped too."""
+        self.generation = generation
         for name in self._tiers:
-            self.drop(name)
+            self._ledger.cleared(name)
+            self._unwritten[name].clear()
+            self._leaving[name] &= self._writing[name]
+            self._dropping[name].clear()
+        self._emptying.clear()
+        self._empty_again.clear()
+        self._brings.clear()
+
+    def rename(self, generation: str) -> None:
+        """The weights that this engine has are called so by others too. What is above stays, and is written below by that
+        name. O(slots)."""
+        self.enter(generation)
+        self.committed(filter(None, map(self._ledger.lookup, self._ledger.content()[CPU])))
 
     def promote(self, tier: str, chunks: Sequence[bytes], *, evict: bool = False) -> int:
         """Fetch chunks into the CPU tier without a request for them, as far as slots are free or, with ``evict``, can be
         made free; how many will be."""
-        if tier in self._emptying:
-            return 0
-        wanted = [(tier, chunk) for chunk in chunks if not self._ledger.holds(chunk)]
+        wanted = [(tier, chunk) for chunk in self.may_be_found(tier, chunks) if not self._ledger.holds(chunk)]
         wanted = wanted if evict else wanted[: self._ledger.free_slots]
         bring = _Bring()
         self._fetch(bring, wanted, frozenset(chunks))
@@ -449,7 +490,10 @@ class LowerTiers:
             jobs = [job.job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "write")]
             assert chunks == {piece.chunk for job in jobs for piece in job.pieces}, "a chunk is written by no job"
             emptying = self._emptying.get(name)
-            assert emptying is None or emptying in self._jobs or name in self._empty_again, "a tier is barred for ever"
+            known = emptying in (None, _ANNOUNCED) or emptying in self._jobs
+            assert known or name in self._empty_again, "a tier is barred for ever"
+            dropping = set(self._dropping[name].values()) - {_ANNOUNCED}
+            assert dropping <= self._jobs.keys(), "a chunk is barred for ever"
             assert self._leaving[name] <= chunks | self._unwritten[name].keys(), "a chunk leaves without being written"
 
     # ---- inside -------------------------------------------------------------------------------------------------
@@ -462,7 +506,7 @@ class LowerTiers:
     ) -> None:
         self._next_job += 1
         seconds = self._tiers[tier].deadline if kind == "fetch" else WRITE_SECONDS
-        job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], seconds)
+        job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], seconds, self.generation)
         slots = [slot for _, slot in pairs if slot is not None]
         self._jobs[job.job] = _Job(job, slots, self._clock())
         self._outbox.append(job)
@@ -476,14 +520,22 @@ class LowerTiers:
             self._end_fetch(ended)
         elif job.kind == "write":
             self._end_write(ended)
-        else:
-            if not job.pieces and self._emptying.get(job.tier) == job.job:
-                self._end_emptying(job.tier, emptied=not result.failed)
-            self._take_off_record(job.tier, [piece.chunk for piece in job.pieces])
+        elif job.generation == self.generation:
+            self._end_drop(job, result)
         for cause in result.failed.values():
             self._stats.tier_failed(job.tier, job.kind, cause)
         if result.failed and len(result.failed) == len(job.pieces) and _STORE_WIDE & set(result.failed.values()):
             self._paused[job.tier] = self._clock() + PAUSE_SECONDS
+
+    def _end_drop(self, job: TierJob, result: TierResult) -> None:
+        if not job.pieces and self._emptying.get(job.tier) == job.job:
+            # Where some rank has no slots, no rank ever fetches.
+            self._end_emptying(job.tier, emptied=not result.failed or not self._ledger.capacity)
+        dropping, chunks = self._dropping[job.tier], [piece.chunk for piece in job.pieces]
+        for chunk in chunks:
+            if dropping.get(chunk) == job.job:
+                del dropping[chunk]
+        self._take_off_record(job.tier, chunks)
 
     def _end_emptying(self, tier: str, *, emptied: bool) -> None:
         if emptied:
@@ -505,7 +557,7 @@ class LowerTiers:
                 self._remember_above(job.tier, slot)
                 continue
             self._ledger.abandon(slot)
-            if cause not in _STORE_WIDE:
+            if cause not in _STORE_WIDE and job.generation == self.generation:
                 self._ledger.removed(job.tier, (slot.chunk,))
         fetched = len(ended.slots) - len(result.failed)
         self._stats.loaded(job.tier, fetched, result.nbytes * self._ranks, result.seconds)
@@ -517,7 +569,11 @@ class LowerTiers:
         for slot in ended.slots:
             self._ledger.unpin(slot)
         written = [slot.chunk for slot in ended.slots if slot.chunk not in result.failed]
-        self._ledger.stored(job.tier, written, self._tiers[job.tier].most)
+        if job.generation == self.generation:
+            self._ledger.stored(job.tier, written, self._tiers[job.tier].most)
+        else:
+            # Meanwhile these chunks may have come anew, or their weights have got another name.
+            self.committed(filter(None, map(self._ledger.lookup, written)))
         for slot in ended.slots:
             self._leave(job.tier, slot)
         if result.incompressible:

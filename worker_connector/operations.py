@@ -3,7 +3,7 @@
 They are called on threads of the report server and take the ledger's lock. What concerns the CPU tier and the records
 takes effect at once. What the ranks have to do, which is every read, write and deletion in a lower tier, is left to the
 engine's thread, in ``run_queued`` at its next step: an engine without requests sleeps, and nothing from outside wakes it.
-Answers name in ``queued`` the tiers for which that is so. Chunks that are to be warmed are handed over in portions, so
+What is to be deleted is not found any more from the moment of the call. Answers name in ``queued`` the tiers for which that is so. Chunks that are to be warmed are handed over in portions, so
 that none waits in a queue for longer than a fetch may take.
 """
 
@@ -21,6 +21,7 @@ from worker_connector.ledger import CPU, GPU, Ledger
 from worker_connector.lookups import Lookups
 from worker_connector.lower import LowerTiers
 from worker_connector.pins import Pins
+from worker_connector.shape import generation_name
 from worker_connector.stats import Counts
 from worker_connector.tags import Tags
 
@@ -67,6 +68,7 @@ class Operations:
             "tags": self.tags,
             "warm": self.warm,
             "move": self.move,
+            "generation": self.generation,
         }
 
     # ---- on the engine's thread ---------------------------------------------------------------------------------
@@ -126,6 +128,7 @@ class Operations:
                 "tiers": {name: {"bandwidth": bandwidth[name], **told.get(name, {})} for name in self._lower.names},
                 "pins": pins,
                 "queued": len(self._queue) + len(self._warming),
+                "generation": self._lower.generation,
             }
 
     def lookup(self, arguments: Arguments) -> dict[str, list[str]]:
@@ -170,21 +173,20 @@ class Operations:
         _only(arguments, "chunks", "tag", "tier")
         chunks = self._chosen(arguments)
         tiers = [self._named(arguments)] if arguments.get("tier") else [CPU, *self._lower.names]
-        with self._ledger.lock:
-            removed = {tier: self._clear_tier(tier, chunks) for tier in tiers}
         below = [tier for tier in tiers if tier != CPU and chunks != []]
+        with self._ledger.lock:
+            self._make_sure_of_room(len(below))
+            removed = {tier: self._clear_tier(tier, chunks) for tier in tiers}
         return {"removed": sum(removed.values()), "tiers": removed, "queued": below}
 
     def _clear_tier(self, tier: str, chunks: Sequence[bytes] | None) -> int:
         before = self._ledger.counts()[tier]
         if tier == CPU:
             self._clear_cpu(chunks)
-        elif chunks is None:
-            self._ledger.cleared(tier)
-            self._queue_work(lambda: self._lower.drop(tier))
-        elif chunks:
-            self._ledger.removed(tier, chunks)
-            self._queue_work(lambda: self._lower.drop(tier, chunks))
+        elif chunks != []:
+            named, generation = chunks or (), self._lower.generation
+            self._lower.begin_drop(tier, named)
+            self._queue_work(lambda: self._lower.drop(tier, named, generation))
         return before - self._ledger.counts()[tier]
 
     def _clear_cpu(self, chunks: Sequence[bytes] | None) -> None:
@@ -209,6 +211,22 @@ class Operations:
         chunks = self._chosen(arguments)
         ended = self._pins.unpin(chunks) if chunks is not None else self._pins.clear()
         return {"changed": ended}
+
+    # ---- whose it is --------------------------------------------------------------------------------------------
+
+    def generation(self, arguments: Arguments) -> dict[str, Any]:
+        """What the engine's weights are called. With ``name``, what others with the same weights call them too, from now on:
+        what the engine computed since its last reset is kept, shared by that name, and what others left by it is found. An
+        empty name is that of the weights that an engine starts with."""
+        _only(arguments, "name")
+        before = self._lower.generation
+        if (name := _name(arguments)) is not None and name != before:
+            with self._ledger.lock:
+                self._lower.rename(name)
+                self._warming.clear()
+            if (lookups := self._lookups()) is not None:
+                lookups.list_again()
+        return {"generation": self._lower.generation, "changed": self._lower.generation != before}
 
     # ---- what comes, and what moves -----------------------------------------------------------------------------
 
@@ -269,11 +287,14 @@ class Operations:
     # ---- inside -------------------------------------------------------------------------------------------------
 
     def _queue_work(self, work: Callable[[], object]) -> None:
-        if len(self._queue) >= _MOST_QUEUED:
+        self._make_sure_of_room(1)
+        self._queue.append(work)
+
+    def _make_sure_of_room(self, operations: int) -> None:
+        if len(self._queue) + operations > _MOST_QUEUED:
             raise ImpossibleOperation(
                 f"{_MOST_QUEUED} operations wait for the engine's next step already: it has no requests, so send it one"
             )
-        self._queue.append(work)
 
     @overload
     def _chosen(self, arguments: Arguments, *, needed: Literal[True]) -> list[bytes]: ...
@@ -360,6 +381,18 @@ def _flag(arguments: Arguments, name: str) -> bool:
     if not isinstance(value, bool):
         raise ImpossibleOperation(f"{name} is true or false, not {value!r}")
     return value
+
+
+def _name(arguments: Arguments) -> str | None:
+    """The generation that a request names, None where it only asks."""
+    if (value := arguments.get("name")) is None:
+        return None
+    if not isinstance(value, str):
+        raise ImpossibleOperation(f"name is a text, not {value!r}")
+    try:
+        return generation_name(value)
+    except ValueError as error:
+        raise ImpossibleOperation(f"name is {value!r}, but {error}") from error
 
 
 def _count(arguments: Arguments, name: str, default: int, most: int = 1 << 40) -> int:

@@ -45,23 +45,26 @@ class SaveJob:
 @dataclass(slots=True)
 class Piece:
     """One chunk on its way between a slot and a lower tier. ``missing`` are the blocks that the slot lacks at the front of
-    each KV-cache group, empty where it lacks none."""
+    each KV-cache group, empty where it lacks none. Of a tail, the beginning of a chunk, ``tokens`` says how many it has."""
 
     chunk: bytes
     slot: int
     missing: tuple[int, ...] = ()
+    tokens: int = 0
 
 
 @dataclass(slots=True)
 class TierJob:
     """Chunks between slots and a lower tier: ``fetch`` fills slots, ``write`` reads them, ``drop`` deletes the tier's
-    copies, all of this engine's identity where it names none. ``deadline`` is in seconds from when its turn comes."""
+    copies, all of this engine's identity where it names none. ``deadline`` is in seconds from when its turn comes, ``generation``
+    that of the weights whose KV it moves: a job keeps the one it was planned in, on every rank and whenever it runs."""
 
     job: int
     tier: str
     kind: Literal["fetch", "write", "drop"]
     pieces: list[Piece]
     deadline: float
+    generation: str = ""
 
 
 @dataclass(slots=True)

@@ -17,6 +17,9 @@ Rules kept here:
 - Blocks that get another owner while a save still reads them are named in the next plan, and workers finish those
   saves before anything writes to the blocks. Blocks that the engine zeroes or copies to may be written to even before
   that: a save that still reads them is not believed.
+- A reset means that the weights may have changed. What is behind the GPU goes or, below, is another generation's; what
+  requests computed before it is neither saved nor added to. Where the engine could not empty its own prefix cache,
+  nothing is saved or loaded until it has: new requests find KV of former weights there.
 - A chunk's hash binds a LoRA adapter by name. When a name gets another adapter, all that was saved goes, and requests
   that still run with the one before neither load nor save.
 
@@ -100,6 +103,7 @@ class Planner:
         self._chunk_bytes = chunk_bytes
         self._may_load = may_load and config.enable_prefix_cache
         self._clock = clock
+        self.is_stale = False
         self._requests: dict[str, RequestState] = {}
         self._adapters: dict[str, Adapter] = {}
         self._loads: dict[str, _Load] = {}
@@ -174,6 +178,7 @@ class Planner:
                 state.skipped = 0
             if tokens:
                 self._begin_load(state, tables, state.local, state.local + tokens)
+            self.lower.served(request.request_id)
 
     def finished(self, request_id: str) -> None:
         """The engine is done with a request, or gave it up. A load that is still under way stays on record."""
@@ -188,6 +193,10 @@ class Planner:
     def plan_step(self, output: Any) -> StepPlan:
         """The plan of the step that a ``SchedulerOutput`` describes. O(requests in it)."""
         due = self._saves.due(output)
+        if self.is_stale:
+            for state, _ in due:
+                state.eligible = False
+            due = []
         if due:
             due = [pair for pair in due if self._may_be_saved(pair[0])]
         if not due and self._is_plain(output):
@@ -250,12 +259,27 @@ class Planner:
         loads = any(load.began > horizon for load in self._loads.values())
         return loads or self._saves.is_expected() or self.lower.is_expected()
 
-    def clear(self) -> None:
-        """Empty the tiers behind the GPU."""
+    def clear(self, generation: str, *, gpu_is_empty: bool = True) -> None:
+        """The engine's weights may be others now: empty the CPU tier, and leave to others what is in lower tiers.
+        ``generation`` is a name that nobody else has. Without ``gpu_is_empty``, the engine's own prefix cache still has KV of
+        before, until ``gpu_emptied`` is called."""
         with self.lock:
             self.ledger.clear_cpu()
-            self.lower.clear()
+            self.lower.enter(generation)
+            self.is_stale = not gpu_is_empty
+            for request_id, state in self._requests.items():
+                if state.request.num_computed_tokens or request_id in self._loads:
+                    state.eligible, self.is_stale = False, True
             self.publish_changes()
+        if self.is_stale:
+            _log.warning(
+                "The engine's cache was reset while requests use it: nothing is saved or loaded until its own prefix cache is "
+                "empty too, which happens when no request runs. To reset all at once, set reset_running_requests"
+            )
+
+    def gpu_emptied(self) -> None:
+        """The engine's own prefix cache holds nothing, and no request has KV of before the last reset."""
+        self.is_stale = False
 
     # ---- reports ------------------------------------------------------------------------------------------------
 
@@ -339,7 +363,7 @@ class Planner:
 
     def _loadable(self, state: RequestState, computed: int) -> int | None:
         state.skipped = 0
-        if not self._may_load or not state.eligible or state.barred or state.controls.skip_load:
+        if not self._may_load or not state.eligible or state.barred or state.controls.skip_load or self.is_stale:
             return 0
         if getattr(state.request, "skip_reading_prefix_cache", False):
             return 0
@@ -518,8 +542,11 @@ class Planner:
     def _loaded_from(self, state: RequestState, loaded: int) -> dict[str, int]:
         """Loaded tokens by the tier from which their chunks were brought for this request."""
         fetched = self.lower.origins(state.request.request_id, state.wanted) if loaded and self.lower else {}
-        hits = {tier: min(chunks * self._size, loaded) for tier, chunks in fetched.items()}
-        hits[CPU] = max(0, loaded - sum(hits.values()))
+        hits = {}
+        for tier, tokens in fetched.items():
+            hits[tier] = min(tokens, loaded)
+            loaded -= hits[tier]
+        hits[CPU] = loaded
         return hits
 
     def _time_step(self, output: Any) -> int:

@@ -25,7 +25,7 @@ from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.report_server import ReportServer, Timing
 from worker_connector.request_controls import Controls
-from worker_connector.shape import identity_of, shape_of
+from worker_connector.shape import fresh_generation, identity_of, shape_of
 from worker_connector.stats import Counts, Stats
 from worker_connector.tags import Tags
 from worker_connector.tier_stores import capacity_of, open_stores, rules_of
@@ -91,7 +91,7 @@ class SchedulerHalf:
         self._manager = manager
         groups = self._cache.kv_cache_groups
         self._gpu = GpuTier(
-            manager, groups, chunk_size=self.config.chunk_size, model=self.model, on_cleared=self.drain_and_publish
+            manager, groups, chunk_size=self.config.chunk_size, model=self.model, on_cleared=self._gpu_cleared
         )
 
     def start(self, slots: Iterable[int], objects: Sequence[ObjectKey | None] = ()) -> None:
@@ -100,6 +100,11 @@ class SchedulerHalf:
         self.ledger.set_capacity(min(slots, default=0))
         self._start_server()
         self._look_below(objects)
+
+    def added(self, request: Any) -> None:
+        """The engine got a request."""
+        self._empty_gpu_if_stale()
+        self.planner.added(request)
 
     def plan_step(self, output: Any) -> StepPlan:
         """The step's plan for the workers."""
@@ -128,8 +133,23 @@ class SchedulerHalf:
         self._drain()
         self.planner.absorb(report, finished)
 
+    def reset(self) -> None:
+        """The engine's weights may be others from now on: its KV of before is of no use, and lower tiers know it by another
+        identity until somebody names its weights."""
+        generation = fresh_generation()
+        self.planner.clear(generation, gpu_is_empty=self._gpu_is_empty())
+        if self._lookups is not None:
+            self._lookups.list_again()
+        if self.planner.lower:
+            _log.info(
+                "The cache was reset: KV is kept for weights of generation %s, which no other engine has. If they are still "
+                "those of before, or others have them too, name them: warmroute cache generation NAME",
+                generation,
+            )
+
     def drain_and_publish(self) -> None:
         """Tell readers of the GPU tier's changes now, whether or not a step follows."""
+        self._empty_gpu_if_stale()
         self._drain()
         self.planner.publish_changes()
 
@@ -177,8 +197,26 @@ class SchedulerHalf:
         if self._gpu is not None:
             self._gpu.drain(self.ledger)
 
+    def _gpu_cleared(self) -> None:
+        self.planner.gpu_emptied()
+        self.drain_and_publish()
+
+    def _empty_gpu_if_stale(self) -> None:
+        """What a reset left in the engine's own prefix cache goes as soon as no request uses it."""
+        if self.planner.is_stale and not self._gpu_usage():
+            if (pool := self._block_pool()) is not None:
+                pool.reset_prefix_cache()
+            self.planner.gpu_emptied()
+
+    def _block_pool(self) -> Any:
+        return getattr(self._manager, "block_pool", self._manager)
+
+    def _gpu_is_empty(self) -> bool:
+        """Whether the engine's own prefix cache has no block, of a request or for later ones."""
+        return not self._gpu_usage() and not len(getattr(self._block_pool(), "cached_block_hash_to_block", ()))
+
     def _gpu_usage(self) -> float:
-        pool = getattr(self._manager, "block_pool", self._manager)
+        pool = self._block_pool()
         return float(pool.get_usage()) if hasattr(pool, "get_usage") else 0.0
 
     # ---- reports ------------------------------------------------------------------------------------------------
@@ -238,6 +276,7 @@ class SchedulerHalf:
             rules_of(self.config),
             timeout=self.config.lookup_timeout,
             found=self.planner.publish_found,
+            scope=self.planner.lower,
         )
 
     def _names_of(self, told: Sequence[ObjectKey | None], layout: SlotLayout) -> list[ObjectKey]:

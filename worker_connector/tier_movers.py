@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from kv_protocol.identity import in_generation
 from worker_connector.chunk_object import (
     HEADER_BYTES,
     Check,
@@ -68,6 +70,10 @@ class Shape(NamedTuple):
     sections: tuple[Section, ...]
     partial: tuple[bool, ...]
     payload_bytes: int
+
+    def of(self, generation: str) -> "Shape":
+        """The same of a generation of weights."""
+        return self._replace(identity=in_generation(self.identity, generation))
 
     def key(self, chunk: bytes) -> ObjectKey:
         """The name of this rank's object of a chunk."""
@@ -137,6 +143,7 @@ class TierMovers:
         self._slots = slots
         self._slot_bytes = slot_bytes
         self._shape = shape
+        self._generation = ""
         self._changed = threading.Condition()
         self._results: dict[int, TierResult] = {}
         self._fetches = 0
@@ -152,6 +159,7 @@ class TierMovers:
     def submit(self, jobs: Iterable[TierJob]) -> None:
         """Begin jobs. Returns at once."""
         for job in jobs:
+            self._generation = job.generation
             fetches = job.kind == "fetch"
             with self._changed:
                 self._fetches += fetches
@@ -169,9 +177,9 @@ class TierMovers:
         return results
 
     def take_lost(self) -> dict[str, set[bytes]]:
-        """Chunks of this engine that a store gave up by itself since the last call, by tier. After ``take``: what was written
+        """Chunks of this engine's generation that a store gave up by itself since the last call, by tier. After ``take``: what was written
         and lost since then is told in the same report."""
-        own, lost = self._shape.identity, {}
+        own, lost = self._shape.of(self._generation).identity, {}
         for name, tier in self._tiers.items():
             if units := tier.store.take_lost():
                 lost[name] = {unit[len(own) :] for unit in units if unit.startswith(own)}
@@ -201,7 +209,7 @@ class TierMovers:
         began = time.monotonic()
         result = TierResult()
         try:
-            self._do(job, began + job.deadline, result)
+            self._of(job.generation)._do(job, began + job.deadline, result)  # noqa: SLF001 - its own kind
         except StoreUnavailable as error:
             _blame(result, job.pieces or _EVERYTHING, error.cause)
         except ConnectorError as error:
@@ -236,6 +244,12 @@ class TierMovers:
             except StoreUnavailable as error:
                 _blame(result, job.pieces[start:], error.cause)
                 return
+
+    def _of(self, generation: str) -> Self:
+        """These movers, which share everything but what objects are called."""
+        movers = copy(self)
+        movers._shape = self._shape.of(generation)  # noqa: SLF001 - its own kind
+        return movers
 
     def _at_once(self, kind: str, tier: Tier) -> int:
         if kind == "fetch" or tier.codec == Codec():

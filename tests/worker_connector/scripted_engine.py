@@ -125,6 +125,7 @@ class Engine:
         self.loaded_chunks: list[list[int]] = []
         self.plans: list[StepPlan] = []
         self.resets = 0
+        self.weights = 0
         self._ended: dict[str, int] = {}
         self._failed: set[str] = set()
 
@@ -166,8 +167,9 @@ class Engine:
         self.names.clear()
         self.planner.gpu_emptied()
 
-    def clear(self) -> None:
-        """As after a change of weights: preempt what runs, if nothing is being loaded, and reset what can be."""
+    def clear(self) -> bool:
+        """As before or after a change of weights: preempt what runs, if nothing is being loaded, and reset what can be;
+        whether that is everything."""
         if not any(request.status in ("loading", "aborted") for request in self.requests.values()):
             while self.running:
                 self._preempt_last()
@@ -175,7 +177,8 @@ class Engine:
         if is_empty:
             self.reset_prefix_cache()
         self.resets += 1
-        self.planner.clear(f"reset {self.resets}", gpu_is_empty=is_empty)
+        self.planner.clear(f"reset {id(self)} {self.resets}", gpu_is_empty=is_empty)
+        return is_empty
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -417,11 +420,17 @@ class Engine:
                 for at in range(group.first_needed(start), start):
                     found = self.memory[rank].get(table[at // BLOCK], {}).get(at % BLOCK)
                     assert table[at // BLOCK], f"{request.request_id} reads token {at} from the null block"
-                    assert found == (group.index, prefixes[at]), f"{request.request_id} reads a wrong token {at}"
+                    assert found == (group.index, self._kv(prefixes[at])), (
+                        f"{request.request_id} reads a wrong token {at}"
+                    )
                 for at in range(start, start + count):
                     block = self.memory[rank].setdefault(table[at // BLOCK], {})
-                    block[at % BLOCK] = (group.index, prefixes[at])
+                    block[at % BLOCK] = (group.index, self._kv(prefixes[at]))
         self._cache(request, start + count)
+
+    def _kv(self, prefix: int) -> int:
+        """What a token's KV is with the weights of now."""
+        return hash((self.weights, prefix)) if self.weights else prefix
 
     def _absorb(self, plan: StepPlan) -> None:
         self._report = WorkerReport(step=plan.step)

@@ -58,6 +58,7 @@ class Turnover:
         self.operations = 0
         self.names = 0
         self.known: list[bytes] = []
+        self.waiting: dict[str, Any] = {}
 
     def step(self) -> None:
         """A prompt of new chunks is saved, one that is below is fetched, the ranks do what they were told."""
@@ -85,12 +86,22 @@ class Turnover:
             (0.1, lambda: self.lower.demote(tier, [chunk])),
             (0.05, lambda: self.lower.drop(tier, [chunk])),
             (0.02, lambda: self.lower.promote(tier, self.ledger.newest(tier, 4))),
-            (0.01, self.lower.clear),
+            (0.01, lambda: self.lower.drop(tier)),
+            (0.01, lambda: self.lower.begin_drop(tier, [chunk])),
+            (0.01, self._enter),
             (0.01, self.ledger.clear_cpu),
         ):
             if self.random.random() < chance:
                 action()
                 self.operations += 1
+
+    def _enter(self) -> None:
+        self.names += 1
+        if self.random.random() < 0.5:
+            self.lower.rename(str(self.names))
+        else:
+            self.ledger.clear_cpu()
+            self.lower.enter(str(self.names))
 
     def _save(self, chunks: list[bytes]) -> None:
         slots = []
@@ -111,9 +122,21 @@ class Turnover:
     def _want(self, chunks: list[bytes]) -> None:
         self.names += 1
         request = SimpleNamespace(request_id=str(self.names))
-        state: Any = SimpleNamespace(request=request, adapter=None, eligible=True, extend=lambda: chunks)
-        self.lower.bring(state, 0)
-        self.lower.forget(request.request_id)
+        controls = SimpleNamespace(priority=1)
+        state: Any = SimpleNamespace(
+            request=request, adapter=None, eligible=True, chunks=chunks, extend=lambda: chunks, controls=controls
+        )
+        self.waiting[request.request_id] = state
+        self.lower.bring(state, 0, ahead=self.random.random() < 0.3)
+        for request_id, other in list(self.waiting.items()):
+            chance = self.random.random()
+            if chance < 0.3:
+                self.waiting.pop(request_id)
+                self.lower.forget(request_id)
+            elif chance < 0.8:
+                self.lower.bring(other, 0)
+            elif chance < 0.9:
+                self.lower.served(request_id)
 
     def _results(self, rank: int) -> dict[int, TierResult]:
         if not rank:

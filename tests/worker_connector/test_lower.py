@@ -185,13 +185,139 @@ def test_chunks_under_an_adapter_stay_above() -> None:
     assert not engine.chunks_in("disk")
 
 
-def test_clearing_empties_the_stores_too() -> None:
+def test_after_a_reset_nothing_below_is_used_and_nothing_is_deleted() -> None:
     engine, tokens = TieredEngine(ranks=2), prompt(16, 2 * CHUNK + 1)
     engine.serve("a", tokens)
-    engine.planner.clear()
+    engine.planner.lower.asks = engine
+    engine.clear()
+    assert engine.ledger.counts() == {"gpu": 0, CPU: 0, "disk": 0}
+    assert len(engine.stores["disk"]) == 4
+    engine.weights = 1
+    after = engine.add("b", tokens)
+    engine.answer()
+    engine.run()
+    assert after.loads == 0
+    assert len(engine.stores["disk"]) == 8
+    forget_above(engine)
+    assert engine.serve("c", tokens).loads == 1
+
+
+def test_what_is_under_way_at_a_reset_belongs_to_the_weights_of_before() -> None:
+    engine, tokens = TieredEngine(), prompt(60, 3 * CHUNK + 1)
+    engine.hold_tiers = True
+    engine.add("a", tokens)
+    for _ in range(8):
+        engine.step()
+    assert any(under.job.kind == "write" for under in engine.under)
+    old = engine.planner.lower.generation
+    assert engine.clear()
+    engine.weights = 1
+    engine.add("b", tokens)
+    for _ in range(8):
+        engine.step()
+    engine.hold_tiers = False
+    engine.run()
+    assert old == ""
+    assert len(engine.stores["disk"]) == 6, "three chunks of either weights"
+    forget_above(engine)
+    assert engine.serve("c", tokens).loads == 1
+    assert engine.clear()
+    engine.weights = 0
+    engine.planner.lower.rename("")
+    engine.planner.ledger.stored("disk", [chunk for chunk in engine.chunks_in("disk") if engine.has("disk", chunk)])
+    assert engine.serve("d", tokens).loads == 1
+
+
+def test_saves_and_loads_rest_until_what_a_reset_left_in_the_engine_is_gone() -> None:
+    engine, tokens = TieredEngine(), prompt(61, 3 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.hold_loads = True
+    engine.ledger.clear_cpu()
+    engine.reset_prefix_cache()
+    engine.add("b", tokens)
+    for _ in range(10):
+        engine.step()
+    assert engine.requests["b"].status == "loading"
+    assert not engine.clear()
+    engine.hold_loads = False
+    engine.run()
+    written = len(engine.stores["disk"])
+    engine.serve("c", tokens)
+    assert (engine.ledger.counts()[CPU], len(engine.stores["disk"])) == (0, written)
+    engine.reset_prefix_cache()
+    engine.serve("d", tokens)
+    assert (engine.ledger.counts()[CPU], len(engine.stores["disk"])) == (3, 2 * written)
+
+
+def test_engines_that_name_their_weights_alike_share_again() -> None:
+    one, two, tokens = TieredEngine(), TieredEngine(), prompt(62, 3 * CHUNK + 1)
+    two.stores = one.stores
+    two.planner.lower.asks = two
+    for engine in (one, two):
+        assert engine.clear()
+        engine.weights = 1
+    one.serve("a", tokens)
+
+    def hit() -> int:
+        two.ledger.clear_cpu()
+        two.reset_prefix_cache()
+        request = two.add(f"b{two.now}", tokens)
+        two.answer()
+        two.run()
+        return request.loads
+
+    two.planner.lower._may_save = False
+    assert not hit()
+    one.planner.lower.rename("step 1")
+    one.run()
+    assert not hit()
+    two.planner.lower.rename("step 1")
+    assert hit()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_engines_whose_weights_change_at_random_never_mix_them(seed: int) -> None:
+    rng = random.Random(seed)
+    engines = [
+        TieredEngine(
+            rules=(DISK, REMOTE), blocks=90, slots=rng.choice([7, 40]), ranks=2, delay=lambda: rng.choice([0, 0, 1, 3])
+        )
+        for _ in range(2)
+    ]
+    engines[1].stores = engines[0].stores
+    stems = [prompt(seed * 100 + at, rng.randrange(CHUNK, 6 * CHUNK)) for at in range(3)]
+    named = 0
+    for at in range(150):
+        for engine in engines:
+            engine.planner.lower.asks = engine
+            if rng.random() < 0.3:
+                engine.add(f"{at}", rng.choice(stems)[: rng.randrange(1, 6 * CHUNK)], max_tokens=rng.choice([1, 9]))
+            if rng.random() < 0.05 and engine.clear():
+                engine.weights = rng.randrange(3)
+            if rng.random() < 0.1 and not engine.planner.is_stale and engine.planner.lower.generation[:1] != "w":
+                named += bool(engine.planner.lower.generation)
+                if engine.planner.lower.generation:
+                    engine.planner.lower.rename(f"w{engine.weights}")
+            if not engine.owners and rng.random() < 0.3:
+                engine.reset_prefix_cache()
+            if rng.random() < 0.5:
+                engine.answer()
+            engine.step()
+    for engine in engines:
+        engine.answer()
+        engine.planner.lower.asks = None
+        engine.run(3000)
+        engine.planner.check()
+    assert named
+
+
+def test_a_tier_that_is_emptied_is_empty() -> None:
+    engine, tokens = TieredEngine(ranks=2), prompt(16, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.planner.lower.drop("disk")
     engine.run()
     assert not engine.chunks_in("disk")
-    assert engine.ledger.counts() == {"gpu": 0, CPU: 0, "disk": 0}
+    assert engine.ledger.counts() == {"gpu": 0, CPU: 2, "disk": 0}
 
 
 def test_nothing_is_fetched_from_a_tier_that_is_being_emptied() -> None:
@@ -200,12 +326,15 @@ def test_nothing_is_fetched_from_a_tier_that_is_being_emptied() -> None:
     engine.planner.lower.asks = engine
     engine.reset_prefix_cache()
     engine.hold_tiers = True
-    engine.planner.clear()
+    engine.lose_cpu()
+    engine.planner.lower.drop("disk")
     after = engine.add("b", tokens)
     engine.answer()  # the store still has it all
-    assert engine.ledger.counts()["disk"] == 2
+    assert engine.ledger.counts()["disk"] == 0
+    chunks = list(engine.chunks_in("disk"))
+    engine.ledger.stored("disk", chunks)
     with engine.ledger.lock:
-        assert not engine.planner.lower.promote("disk", engine.ledger.newest("disk", 2))
+        assert not engine.planner.lower.promote("disk", chunks)
     for _ in range(5):
         engine.step()
     assert not any(under.job.kind == "fetch" for under in engine.under)
@@ -221,7 +350,8 @@ def test_a_tier_that_could_not_be_emptied_gives_nothing_until_it_is() -> None:
     engine.planner.lower.asks = engine
     engine.reset_prefix_cache()
     engine.drops_fail = True
-    engine.planner.clear()
+    engine.lose_cpu()
+    engine.planner.lower.drop("disk")
     engine.run()
     engine.add("b", tokens)
     engine.answer()
@@ -324,7 +454,7 @@ def disturb(engine: TieredEngine, rng: random.Random) -> None:
     if running and rng.random() < 0.1:
         engine.abort(rng.choice(running))
     if rng.random() < 0.03:
-        engine.planner.clear()
+        engine.clear()
     if rng.random() < 0.1:
         engine.lose_cpu()
     if rng.random() < 0.5:

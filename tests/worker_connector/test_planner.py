@@ -392,7 +392,7 @@ def test_clearing_while_transfers_are_under_way(held: str) -> None:
     request = engine.add("b", tokens if held == "hold_loads" else prompt(25, 3 * CHUNK + 1))
     for _ in range(3):
         engine.step()
-    engine.planner.clear()
+    engine.ledger.clear_cpu()
     assert engine.ledger.content()[CPU] == []
     setattr(engine, held, False)
     engine.run()
@@ -416,7 +416,7 @@ def test_chunks_filled_across_steps_are_saved_from_the_live_table() -> None:
 def test_chunks_that_only_the_gpu_has_are_saved_when_they_are_met() -> None:
     engine, tokens = Engine(), prompt(27, 4 * CHUNK + 1)
     engine.serve("a", tokens)
-    engine.planner.clear()
+    engine.ledger.clear_cpu()
     engine.serve("b", tokens)
     assert engine.ledger.content()[CPU] == hashes(tokens)
     cold_again(engine)
@@ -592,7 +592,7 @@ def test_after_a_failed_load_tokens_before_the_cursor_are_saved_again() -> None:
     engine, tokens = Engine(), prompt(51, 3 * CHUNK + 1)
     request = engine.add("a", tokens)
     engine.step()
-    engine.planner.clear()
+    engine.ledger.clear_cpu()
     request.num_computed_tokens = 0
     engine.run()
     assert engine.ledger.content()[CPU] == hashes(tokens)
@@ -691,7 +691,7 @@ def test_a_whole_prompt_is_loaded_only_if_its_last_token_can_be_computed_again(w
 def test_a_hit_ends_where_the_window_is_whole() -> None:
     engine, tokens = Engine(windows=(0, 10), blocks=200), prompt(43, 4 * CHUNK + 1)
     engine.serve("a", tokens)
-    engine.planner.clear()
+    engine.ledger.clear_cpu()
     # Met again as a local hit, all but the last chunk's window blocks are gone.
     engine.serve("b", tokens)
     cold_again(engine)
@@ -704,7 +704,7 @@ def test_a_hit_ends_where_the_window_is_whole() -> None:
 def test_a_block_that_a_slot_lacks_is_never_loaded_from_it() -> None:
     engine, tokens = Engine(windows=(0, 10), blocks=200), prompt(43, 4 * CHUNK + 1)
     engine.serve("a", tokens)
-    engine.planner.clear()
+    engine.ledger.clear_cpu()
     engine.serve("b", tokens)
     cold_again(engine)
     request = engine.add("c", tokens)
@@ -721,7 +721,7 @@ def test_a_block_that_a_slot_lacks_is_never_loaded_from_it() -> None:
 def test_a_slot_without_window_blocks_is_saved_again_once_they_are_there() -> None:
     engine, tokens = Engine(windows=(0, 10), blocks=200), prompt(44, 4 * CHUNK + 1)
     engine.serve("a", tokens)
-    engine.planner.clear()
+    engine.ledger.clear_cpu()
     engine.serve("b", tokens)
     cold_again(engine)
     engine.serve("c", [*tokens[: 2 * CHUNK], 5, 6])
@@ -828,7 +828,7 @@ def test_random_use_never_reads_a_wrong_token_and_always_ends(seed: int, windows
             if running:
                 engine.abort(rng.choice(running))
         if rng.random() < 0.03:
-            engine.planner.clear()
+            engine.clear()
         if not engine.owners and rng.random() < 0.5:
             engine.reset_prefix_cache()
         engine.step()

@@ -9,6 +9,7 @@ from tests.worker_connector.scripted_engine import CHUNK, Engine
 from worker_connector.lower import TierRules
 from worker_connector.plan import StepPlan, TierJob, TierResult
 
+_HASH = 16
 Content = dict[tuple[int, int], dict[int, tuple[int, int]]]
 """A chunk on one rank: (group, position) -> what the block holds."""
 
@@ -25,8 +26,9 @@ class _Under:
 class Question:
     """A look-up that a test answers."""
 
-    def __init__(self, chunks: Sequence[bytes]) -> None:
+    def __init__(self, chunks: Sequence[bytes], tails: Sequence[bytes] = ()) -> None:
         self.chunks = list(chunks)
+        self.tails = list(tails)
         self.pending = True
 
 
@@ -46,25 +48,28 @@ class TieredEngine(Engine):
         self.questions: list[Question] = []
         self.rng = random.Random(1)
 
-    def ask(self, chunks: Sequence[bytes]) -> Question:
+    def ask(self, chunks: Sequence[bytes], tails: Sequence[bytes] = ()) -> Question:
         """As what looks chunks up: ``answer`` ends it."""
-        self.questions.append(Question(chunks))
+        self.questions.append(Question(chunks, tails))
         return self.questions[-1]
 
     def answer(self) -> None:
         """Tell of every question what all ranks' stores hold."""
         for question in self.questions:
             for tier in self.stores:
-                self.planner.ledger.stored(tier, [chunk for chunk in question.chunks if self.has(tier, chunk)])
+                found = [chunk for chunk in question.chunks if self.has(tier, chunk)]
+                self.planner.ledger.stored(tier, self.planner.lower.may_be_found(tier, found))
             question.pending = False
         self.questions.clear()
 
     def has(self, tier: str, chunk: bytes) -> bool:
         """Whether every rank's store has the chunk."""
-        return all((rank, chunk) in self.stores[tier] for rank in range(self.ranks))
+        name = _object(chunk, self.planner.lower.generation)
+        return all((rank, name) in self.stores[tier] for rank in range(self.ranks))
 
     def chunks_in(self, tier: str) -> set[bytes]:
-        return {chunk for _, chunk in self.stores[tier]}
+        """By their hash, whatever the generation."""
+        return {name[:_HASH] for _, name in self.stores[tier]}
 
     def lose_cpu(self) -> None:
         """Drop everything from the CPU tier, and from nowhere else."""
@@ -92,13 +97,14 @@ class TieredEngine(Engine):
             self._drop(under, result)
         for piece in job.pieces if job.kind != "drop" else ():
             cause = self.fail(job, piece.chunk, under.rank)
-            found = store.get((under.rank, piece.chunk))
+            name = _object(piece.chunk, job.generation)
+            found = store.get((under.rank, name))
             if job.kind == "fetch" and found is None and not cause:
                 cause = "missing"
             if cause:
                 result.failed[piece.chunk] = cause
             if job.kind == "write" and not cause:
-                store[under.rank, piece.chunk] = (piece.missing, self._read(under.rank, piece.slot))
+                store[under.rank, name] = (piece.missing, self._read(under.rank, piece.slot))
             if job.kind == "fetch":
                 missing, content = found if found is not None and not cause else ((), {})
                 self._fill(under.rank, piece.slot, content)
@@ -113,9 +119,10 @@ class TieredEngine(Engine):
             result.failed[b""] = "unreachable"
             return
         store, named = self.stores[under.job.tier], {piece.chunk for piece in under.job.pieces}
-        for key in [key for key in store if key[0] == under.rank]:
-            if not named or key[1] in named:
-                del store[key]
+        for rank, name in list(store):
+            own = name == _object(name[:_HASH], under.job.generation)
+            if rank == under.rank and own and (not named or name[:_HASH] in named):
+                del store[rank, name]
 
     def _read(self, rank: int, slot: int) -> Content:
         return {(group, at): dict(held) for (index, group, at), held in self.slots[rank].items() if index == slot}
@@ -126,6 +133,11 @@ class TieredEngine(Engine):
             del self.slots[rank][key]
         for (group, at), held in content.items():
             self.slots[rank][slot, group, at] = dict(held)
+
+
+def _object(chunk: bytes, generation: str) -> bytes:
+    """The name of an object."""
+    return chunk + generation.encode()
 
 
 def spoil(rng: random.Random, causes: Sequence[str], share: float) -> Callable[[TierJob, bytes, int], str]:
