@@ -64,9 +64,7 @@ def test_every_selection_of_tests_has_some(tmp_path: Path) -> None:
     chosen = [([native / file], f"cuda and {words}") for file, words in checks.REDUCED.values()]
     chosen += [([native / file for file in checks.SUITES], f"cuda-{path}") for path in checks.PATHS]
     chosen.append(([native / "test_cuda_movers.py"], checks.MOVERS))
-    commands = [
-        checks._pytest(setting, "--collect-only", *map(str, files), "-k", words)[3:] for files, words in chosen
-    ]
+    commands = [checks._pytest(setting, "--collect-only", *map(str, files), "-k", words)[3:] for files, words in chosen]
     # One interpreter for all of them: most of the time goes by while it loads.
     code = "import json, sys, pytest; print(*(int(pytest.main(each)) for each in json.loads(sys.argv[1])))"
     command = [sys.executable, "-c", code, json.dumps(commands)]
