@@ -21,7 +21,8 @@ from router.config import Settings, WorkerSpec
 from router.control import Control
 from router.cross_origin import share_with_origins
 from router.dialects import DIALECTS
-from router.endpoints import find
+from router.discovery_metrics import DiscoveryState
+from router.endpoints import find, is_page
 from router.errors import ApiError, ClientGone
 from router.health import Monitor
 from router.history import History
@@ -100,6 +101,7 @@ class Gateway:
         endpoint = settings.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, settings.trace_ratio) if endpoint else None
         self.observe()
+        self.metrics.add(DiscoveryState(lambda: self.control.watches))
 
     def observe(self) -> None:
         """Have requests logged and traced as the settings say."""

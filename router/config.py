@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from router.discovery.names import DnsSpec, is_name
+from router.discovery.names import DnsSpec, PodSpec, is_name
 from router.errors import ConfigError
 from router.secrets import Secret
 
@@ -157,7 +157,25 @@ class Settings(BaseSettings):
         default=[], description="dns://NAME:PORT[,reports=PORT|none] or dns+srv://NAME whose addresses are workers"
     )
     discovery_interval: float = Field(default=10.0, gt=0, description="time between two look-ups of a name")
-    discovery_timeout: float = Field(default=5.0, gt=0, description="longest wait for a look-up")
+    discovery_timeout: float = Field(
+        default=5.0, gt=0, description="longest wait for a look-up, or an answer of the Kubernetes API"
+    )
+    kubernetes_selector: str = Field(
+        default="", description="labels of the pods that are workers, as app=vllm: found by the Kubernetes API"
+    )
+    kubernetes_namespace: str = Field(default="", description="the pods' namespace; default: the gateway's own")
+    kubernetes_port: str = Field(default="8000", description="number or name of the pods' HTTP port")
+    kubernetes_report_port: str = Field(
+        default=str(DEFAULT_REPORT_PORT), description="number or name of their report port, or none"
+    )
+    kubernetes_scheme: Literal["http", "https"] = Field(default="http", description="how the pods are spoken to")
+    kubernetes_ranks: int = Field(default=1, ge=1, le=64, description="data-parallel ranks in each pod")
+    kubernetes_watch_seconds: float = Field(
+        default=60.0, ge=1, le=3600, description="how long one watch of the Kubernetes API lasts; the next one goes on"
+    )
+    drain_handover: float = Field(
+        default=0.0, ge=0, le=3600, description="how long a leaving worker may write hot chunks to the remote tier"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     policy: PolicyName = Field(default="longest-hit", description="how a worker is chosen")
@@ -319,6 +337,25 @@ class Settings(BaseSettings):
     @property
     def admin_open(self) -> bool:
         """Whether the admin endpoints may be used without a token: only where no other machine reaches them."""
+    @model_validator(mode="after")
+    def _pods_are_described(self) -> Self:
+        _ = self.pods
+        return self
+
+    @property
+    def pods(self) -> PodSpec | None:
+        """The pods to look for; None where Kubernetes is not asked."""
+        if not self.kubernetes_selector.strip():
+            return None
+        return PodSpec(
+            selector=self.kubernetes_selector.strip(),
+            namespace=self.kubernetes_namespace,
+            port=self.kubernetes_port,
+            reports=self.kubernetes_report_port,
+            scheme=self.kubernetes_scheme,
+            dp=self.kubernetes_ranks,
+        )
+
         return self.host in LOOPBACK
 
     @classmethod

@@ -16,6 +16,7 @@ from router.discovery.dns import NameWatch
 from router.discovery.membership import ADMIN, SETTINGS, Membership
 from router.discovery.names import DnsSpec
 from router.errors import ApiError, ConfigError, Conflict, InvalidRequest
+from router.discovery.pods import Found
 from router.policies import make_policy
 from router.reload import RELOADABLE, Reloader, Sources, changed
 from router.siblings import Siblings
@@ -68,6 +69,7 @@ class Control:
         self.state = AdminState()
         self._names: dict[DnsSpec, tuple[NameWatch, asyncio.Task[None]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._pods: tuple[PodWatch, asyncio.Task[None]] | None = None
         self._reload_asked = asyncio.Event()
 
     async def start(self) -> None:
@@ -76,7 +78,7 @@ class Control:
         await self.siblings.start(self._on_call)
         self._settle(await self._store.read())
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_file())]
-        watches = [watch.looked_up.wait() for watch, _ in self._names.values()]
+        watches = [watch.looked_up.wait() for watch in self.watches]
         with suppress(TimeoutError):
             async with asyncio.timeout(self._gateway.settings.discovery_timeout * 2):
                 await asyncio.gather(*watches)
@@ -85,6 +87,7 @@ class Control:
         """Stop every task."""
         tasks = self._tasks + self.membership.close() + [task for _, task in self._names.values()]
         for task in tasks:
+        tasks += [self._pods[1]] if self._pods is not None else []
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.siblings.files is not None:
@@ -184,8 +187,14 @@ class Control:
         }
 
     def describe_names(self) -> list[dict[str, Any]]:
-        """What every DNS name was last seen to name."""
-        return [watch.describe() for watch, _ in self._names.values()]
+        """What every DNS name, and the selector of pods, was last seen to name."""
+        return [watch.describe() for watch in self.watches]
+
+    @property
+    def watches(self) -> "list[NameWatch | PodWatch]":
+        """Who looks for workers."""
+        pods = [self._pods[0]] if self._pods is not None else []
+        return [*(watch for watch, _ in self._names.values()), *pods]
 
     # What all processes say together.
 
@@ -328,6 +337,24 @@ class Control:
             watch = self._names[spec][0]
             watch.interval, watch.timeout = settings.discovery_interval, settings.discovery_timeout
 
+        self._claim_pods(settings)
+
+    def _claim_pods(self, settings: Settings) -> None:
+        if self._pods is not None and self._pods[0].spec != settings.pods:
+            watch, task = self._pods
+            task.cancel()
+            self._pods = None
+            self.membership.release(watch.spec.title)
+        if self._pods is None and settings.pods is not None:
+            watch = PodWatch(settings.pods, self._found_pods)
+            self._pods = watch, asyncio.create_task(watch.run())
+        if self._pods is not None:
+            self._pods[0].configure(settings.kubernetes_watch_seconds, settings.discovery_timeout)
+
+    def _found_pods(self, origin: str, found: Found) -> None:
+        self.membership.claim(origin, found.workers)
+        self.membership.hold(origin, found.held)
+        self.membership.settle(replaced=found.replaced)
     def _watch_name(self, spec: DnsSpec) -> tuple[NameWatch, asyncio.Task[None]]:
         def found(workers: list[WorkerSpec]) -> None:
             self.membership.claim(spec.title, workers)

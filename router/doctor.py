@@ -196,6 +196,9 @@ class GatewayExam:
         if not worker["healthy"]:
             yield self._say("routable", "fail", f"{name} is down: {worker['down_reason']}", "start it, or mend its URL")
             return
+        if held := worker.get("held"):
+            yield self._say("routable", "warn", f"{name} is up, and held: {held}", "see its pod: kubectl describe pod")
+            return
         state = "draining" if worker["draining"] else f"breaker {worker['breaker']}"
         usable = not worker["draining"] and worker["breaker"] == "closed"
         fix = "take it back with /admin/workers/drain" if worker["draining"] else "see the worker's log"

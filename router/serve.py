@@ -13,6 +13,7 @@ from router.access import make_access
 from router.app import Application, create_app
 from router.config import Settings
 from router.discovery.dns import check_srv
+from router.discovery.kubernetes import check_kubernetes
 from router.processes import Supervisor
 from router.reload import Sources
 from router.server import make_server
@@ -28,6 +29,7 @@ def check(settings: Settings) -> None:
     ConfigError: a setting asks for what is not installed, or names a file that cannot be used.
     """
     check_srv(settings.discover)
+    check_kubernetes(settings.kubernetes_selector)
     check_installed(settings.otlp_traces_endpoint)
     make_access(settings.api_keys_file, settings.api_keys.get_secret_value())
     check_tls(settings)

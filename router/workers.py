@@ -126,6 +126,10 @@ class Worker:
         self.up = False
         self.down_reason = "not checked yet"
         self.draining = False
+        """Whether it gets no further request: it leaves, is drained by hand, or is held."""
+        self.departing = False
+        self.held = ""
+        """Why those who named it want no request sent there, though it may come back."""
         self.models: dict[str, ModelCard] = {}
         self.engine_version = ""
         self._hello: Hello | None = None

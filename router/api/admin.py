@@ -181,6 +181,7 @@ def describe(worker: Worker) -> dict[str, Any]:
         "models": [msgspec.to_builtins(card) for card in worker.models.values()],
         "in_flight": worker.load.in_flight,
         "uncached_tokens": worker.load.uncached_tokens,
+        "held": worker.held,
         "cache_source": worker.source,
         "routed_by": "cache and load" if hello is not None else "load only",
         "reports": {

@@ -47,6 +47,8 @@ class NameWatch:
         self.timeout = timeout
         self.error = "not looked up yet"
         self.looked_up = asyncio.Event()
+        self.answered_at: float | None = None
+        """When the name was last resolved, by the loop's clock."""
         self._found = found
         self._resolve = resolve or (resolve_srv if spec.kind == "srv" else AddressResolver())
         self._missing: dict[Endpoint, int] = {}
@@ -55,6 +57,11 @@ class NameWatch:
     def endpoints(self) -> list[Endpoint]:
         """The addresses believed in, sorted."""
         return sorted(self._missing)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Addresses that are workers, and none that are held."""
+        return len(self._missing), 0
 
     async def run(self) -> None:
         """Look up until cancelled."""
@@ -90,6 +97,7 @@ class NameWatch:
         self.error = why
 
     def _take(self, answer: set[Endpoint]) -> None:
+        self.answered_at = asyncio.get_running_loop().time()
         before = set(self._missing)
         for endpoint in before - answer:
             self._missing[endpoint] += 1

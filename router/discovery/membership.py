@@ -1,16 +1,18 @@
 """Who wants which worker.
 
-Each *origin* (the settings, the admin API, every DNS name) claims workers by URL; a worker is there while any origin
+Each *origin* (the settings, the admin API, every name, every set of pods) claims workers by URL; a worker is there while any origin
 claims it, and is described as the first of them says, in the order of ``origins``. A worker nobody claims any more is
 drained, then removed; claimed again before that, it goes on as if nothing had happened, with its cache still known.
-Removing a worker by hand overrules every claim until all claims of it have ended.
+Removing a worker by hand overrules every claim until all claims of it have ended. An origin may also *hold* a worker, its
+own or another's: no request goes there, and what is known of it is kept.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from router.config import WorkerSpec
+from router.discovery.names import NOT_READY
 from router.errors import Conflict
 from router.workers import Registry, Worker
 
@@ -22,7 +24,8 @@ _log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Keeps the registry as the claims say. ``patience`` is how long, in seconds, a worker nobody claims may finish."""
+    """Keeps the registry as the claims say. ``patience`` is how long, in seconds, a worker nobody claims may finish;
+    ``departing`` is told of workers that get no further request because they leave or are drained."""
 
     def __init__(
         self,
@@ -31,12 +34,15 @@ class Membership:
         add: Callable[[WorkerSpec], Worker],
         remove: Callable[[Worker], None],
         patience: Callable[[], float],
+        departing: Callable[[Worker], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._add = add
         self._remove = remove
         self._patience = patience
+        self._departing = departing
         self._claims: dict[str, dict[str, WorkerSpec]] = {}
+        self._held: dict[str, dict[str, str]] = {}
         self._removed: frozenset[str] = frozenset()
         self._drained: frozenset[str] = frozenset()
         self._leaving: dict[str, asyncio.Task[None]] = {}
@@ -47,8 +53,13 @@ class Membership:
         """What an origin wants from now on, in whole; takes effect with ``settle``."""
         self._claims[origin] = {spec.url: spec for spec in specs}
 
+    def hold(self, origin: str, held: Mapping[str, str]) -> None:
+        """Which URLs an origin wants no request sent to, and why; takes effect with ``settle``."""
+        self._held[origin] = dict(held)
+
     def release(self, origin: str) -> None:
         self._claims.pop(origin, None)
+        self._held.pop(origin, None)
 
     def overrule(self, *, removed: Iterable[str], drained: Iterable[str]) -> None:
         """URLs that operators took out, or drain; takes effect with ``settle``."""
@@ -71,21 +82,32 @@ class Membership:
         """Whether a worker finishes what it has because nobody claims it any more."""
         return url in self._leaving
 
-    def settle(self, *, at_once: str = "") -> None:
-        """Make the registry as the claims say. ``at_once`` is a URL that is not drained first. O(workers)."""
+    def settle(self, *, at_once: str = "", replaced: Container[str] = ()) -> None:
+        """Make the registry as the claims say. ``at_once`` is a URL that is not drained first; at those ``replaced``
+        another worker is now than before. O(workers)."""
         wanted = self._wanted()
         self.problems = {}
         for worker in self._registry.workers:
             spec = wanted.get(worker.spec.url)
             if spec is None:
                 self._let_go(worker, at_once=worker.spec.url in (at_once, *self._removed))
-            elif spec != worker.spec:
+            elif spec != worker.spec or spec.url in replaced:
                 self._drop(worker)
             else:
                 self._keep(worker)
         self._add_missing(wanted)
+        held = {url: why for origin in self.origins for url, why in self._held.get(origin, {}).items()}
         for worker in self._registry.workers:
-            worker.draining = worker.spec.url in self._drained or worker.spec.url in self._leaving
+            self._mark(worker, held.get(worker.spec.url, ""))
+
+    def _mark(self, worker: Worker, held: str) -> None:
+        url, departed = worker.spec.url, worker.departing
+        leaves = url in self._drained or url in self._leaving
+        worker.held = held
+        worker.draining = leaves or bool(held)
+        worker.departing = leaves or held not in ("", NOT_READY)
+        if worker.departing and not departed:
+            self._departing(worker)
 
     def close(self) -> list[asyncio.Task[None]]:
         """Stop waiting for workers that leave; the tasks to be awaited."""
