@@ -98,10 +98,10 @@ class Gateway:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._asked: set[str] = set()
         self.control = Control(self, sources, siblings)
+        self.metrics.add(DiscoveryState(lambda: self.control.watches))
         endpoint = settings.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, settings.trace_ratio) if endpoint else None
         self.observe()
-        self.metrics.add(DiscoveryState(lambda: self.control.watches))
 
     def observe(self) -> None:
         """Have requests logged and traced as the settings say."""

@@ -334,9 +334,6 @@ class Settings(BaseSettings):
             raise ValueError(f"a worker is named once, not again: {', '.join(sorted(again))}")
         return self
 
-    @property
-    def admin_open(self) -> bool:
-        """Whether the admin endpoints may be used without a token: only where no other machine reaches them."""
     @model_validator(mode="after")
     def _pods_are_described(self) -> Self:
         _ = self.pods
@@ -356,6 +353,9 @@ class Settings(BaseSettings):
             dp=self.kubernetes_ranks,
         )
 
+    @property
+    def admin_open(self) -> bool:
+        """Whether the admin endpoints may be used without a token: only where no other machine reaches them."""
         return self.host in LOOPBACK
 
     @classmethod

@@ -13,10 +13,11 @@ import msgspec
 from router.admin_state import AdminState, Change, Memory, SharedFile, Store
 from router.config import Settings, WorkerSpec
 from router.discovery.dns import NameWatch
+from router.discovery.kubernetes import PodWatch
 from router.discovery.membership import ADMIN, SETTINGS, Membership
 from router.discovery.names import DnsSpec
-from router.errors import ApiError, ConfigError, Conflict, InvalidRequest
 from router.discovery.pods import Found
+from router.errors import ApiError, ConfigError, Conflict, InvalidRequest
 from router.policies import make_policy
 from router.reload import RELOADABLE, Reloader, Sources, changed
 from router.siblings import Siblings
@@ -68,8 +69,8 @@ class Control:
         self.reloader = Reloader(gateway.settings, sources or Sources.of(gateway.settings), self._apply)
         self.state = AdminState()
         self._names: dict[DnsSpec, tuple[NameWatch, asyncio.Task[None]]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
         self._pods: tuple[PodWatch, asyncio.Task[None]] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._reload_asked = asyncio.Event()
 
     async def start(self) -> None:
@@ -86,8 +87,8 @@ class Control:
     async def close(self) -> None:
         """Stop every task."""
         tasks = self._tasks + self.membership.close() + [task for _, task in self._names.values()]
-        for task in tasks:
         tasks += [self._pods[1]] if self._pods is not None else []
+        for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.siblings.files is not None:
@@ -336,7 +337,6 @@ class Control:
                 self._names[spec] = self._watch_name(spec)
             watch = self._names[spec][0]
             watch.interval, watch.timeout = settings.discovery_interval, settings.discovery_timeout
-
         self._claim_pods(settings)
 
     def _claim_pods(self, settings: Settings) -> None:
@@ -355,6 +355,7 @@ class Control:
         self.membership.claim(origin, found.workers)
         self.membership.hold(origin, found.held)
         self.membership.settle(replaced=found.replaced)
+
     def _watch_name(self, spec: DnsSpec) -> tuple[NameWatch, asyncio.Task[None]]:
         def found(workers: list[WorkerSpec]) -> None:
             self.membership.claim(spec.title, workers)

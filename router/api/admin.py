@@ -176,12 +176,12 @@ def describe(worker: Worker) -> dict[str, Any]:
         "healthy": worker.up,
         "down_reason": worker.down_reason,
         "draining": worker.draining,
+        "held": worker.held,
         "breaker": worker.breaker.state,
         "engine_version": worker.engine_version,
         "models": [msgspec.to_builtins(card) for card in worker.models.values()],
         "in_flight": worker.load.in_flight,
         "uncached_tokens": worker.load.uncached_tokens,
-        "held": worker.held,
         "cache_source": worker.source,
         "routed_by": "cache and load" if hello is not None else "load only",
         "reports": {
