@@ -48,7 +48,7 @@ class Slot:
 
     ``missing`` tells, for each KV-cache group, how many of the chunk's first blocks the slot does not hold: a sliding
     window may have passed them before the chunk was full. A ``hidden`` slot is no chunk to anybody outside: it holds
-    the beginning of one. A ``confined`` chunk is not for lower tiers; an ``approximate`` one was decoded from a lossy copy, or
+    the beginning of one, a tail of so many ``tokens``. A ``confined`` chunk is not for lower tiers; an ``approximate`` one was decoded from a lossy copy, or
     computed on top of one, and is not for tiers that keep exact copies.
     """
 
@@ -64,6 +64,7 @@ class Slot:
         "pins",
         "priority",
         "state",
+        "tokens",
     )
 
     def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool, confined: bool) -> None:
@@ -75,6 +76,7 @@ class Slot:
         self.missing = missing
         self.priority = NORMAL
         self.state = SlotState.SAVING
+        self.tokens = 0
         self.pins = 0
         self.kept = False
         self.forgotten = False
@@ -92,6 +94,8 @@ class Ledger:
         self._expiring = Expiring(policy, clock) if ttl else None
         self.capacity = 0
         self.evictions = 0
+        self.version = 0
+        """Another number whenever something is in another place than before."""
         self.pinned: Container[bytes] = frozenset()
         """Chunks to keep from eviction as they come in."""
         self._policy: EvictionPolicy = self._expiring or policy
@@ -101,6 +105,7 @@ class Ledger:
         self._free: list[int] = []
         self._ready = 0
         self._lower: dict[str, OrderedDict[bytes, None]] = {}
+        self._lower_tails: dict[str, OrderedDict[bytes, None]] = {}
         self._approximate: dict[bytes, None] = {}
         self._digests = {GPU: RunningDigest(), CPU: RunningDigest()}
         self._changes: list[tuple[type[Change], str, list[bytes]]] = []
@@ -125,13 +130,13 @@ class Ledger:
         missing: tuple[int, ...] = (),
         spare: Container[bytes] = frozenset(),
         *,
-        hidden: bool = False,
+        tokens: int = 0,
         confined: bool = False,
         approximate: bool = False,
         priority: int = NORMAL,
     ) -> Slot | None:
-        """A slot to save ``chunk`` into, evicting another chunk if none is free; None when every slot is in use, the
-        next victim is in ``spare``, or the chunk has a slot already. O(1)."""
+        """A slot to save ``chunk`` into, or a tail of so many ``tokens``, evicting another chunk if none is free; None when
+        every slot is in use, the next victim is in ``spare``, or the chunk has a slot already. O(1)."""
         with self.lock:
             if chunk in self._slots:
                 return None
@@ -139,16 +144,19 @@ class Ledger:
                 self._evict_one(spare)
             if not self._free:
                 return None
-            slot = Slot(chunk, self._free.pop(), missing, hidden=hidden, confined=confined)
+            slot = Slot(chunk, self._free.pop(), missing, hidden=bool(tokens), confined=confined)
+            slot.tokens = tokens
             slot.approximate = approximate
             slot.priority = priority
             self._slots[chunk] = slot
+            self.version += 1
             return slot
 
     def commit(self, slot: Slot) -> None:
         """The save of ``slot`` is complete in every rank: its chunk becomes visible. O(1)."""
         with self.lock:
             slot.state = SlotState.READY
+            self.version += 1
             if slot.approximate:
                 self.mark_approximate((slot.chunk,))
             if slot.forgotten:
@@ -171,6 +179,7 @@ class Ledger:
         """The save of ``slot`` failed: the slot is free again. O(1)."""
         with self.lock:
             slot.state = SlotState.READY
+            self.version += 1
             if not slot.forgotten:
                 del self._slots[slot.chunk]
                 slot.forgotten = True
@@ -269,6 +278,7 @@ class Ledger:
                 if slot.state is SlotState.READY:
                     self._hide(slot)
                 self._retire(slot)
+            self.version += 1
             self._changes.append((Cleared, CPU, []))
 
     # ---- gpu tier -----------------------------------------------------------------------------------------------
@@ -296,6 +306,7 @@ class Ledger:
         with self.lock:
             self._gpu.clear()
             self._digests[GPU].clear()
+            self.version += 1
             self._changes.append((Cleared, GPU, []))
             self._approximate = dict.fromkeys(self._approximate_slots())
 
@@ -338,6 +349,7 @@ class Ledger:
         """There is a lower tier of that name, below those added before."""
         with self.lock:
             self._lower[tier] = OrderedDict()
+            self._lower_tails[tier] = OrderedDict()
             self._digests[tier] = RunningDigest()
 
     def stored(self, tier: str, chunks: Iterable[bytes], most: int = 1 << 62) -> None:
@@ -355,11 +367,24 @@ class Ledger:
                 if len(held) > most:
                     self.removed(tier, (next(iter(held)),))
 
-    def removed(self, tier: str, chunks: Iterable[bytes]) -> None:
-        """A lower tier does not have these chunks. O(1) each."""
+    def tails_stored(self, tier: str, tails: Iterable[bytes], most: int = 1 << 62) -> None:
+        """A lower tier has these tails, of which nobody outside hears. As ``stored`` otherwise."""
         with self.lock:
-            held = self._lower[tier]
+            held = self._lower_tails[tier]
+            for tail in tails:
+                held[tail] = None
+                held.move_to_end(tail)
+                self.version += 1
+                if len(held) > most:
+                    held.popitem(last=False)
+
+    def removed(self, tier: str, chunks: Iterable[bytes]) -> None:
+        """A lower tier does not have these chunks or tails. O(1) each."""
+        with self.lock:
+            held, tails = self._lower[tier], self._lower_tails[tier]
             for chunk in chunks:
+                if tails.pop(chunk, 0) is None:
+                    self.version += 1
                 if chunk in held:
                     del held[chunk]
                     self._digests[tier].discard(chunk)
@@ -369,12 +394,18 @@ class Ledger:
         """A lower tier was emptied of this engine's chunks."""
         with self.lock:
             self._lower[tier].clear()
+            self._lower_tails[tier].clear()
             self._digests[tier].clear()
+            self.version += 1
             self._changes.append((Cleared, tier, []))
 
     def below(self, chunk: bytes) -> list[str]:
         """The lower tiers that have a chunk, the fastest first. O(tiers)."""
         return [tier for tier, held in self._lower.items() if chunk in held]
+
+    def tail_below(self, tail: bytes) -> list[str]:
+        """The lower tiers that have a tail, the fastest first. O(tiers)."""
+        return [tier for tier, held in self._lower_tails.items() if tail in held]
 
     def newest(self, tier: str, most: int) -> list[bytes]:
         """Up to ``most`` chunks of a lower tier, those that were named last first. O(most)."""
@@ -466,6 +497,7 @@ class Ledger:
             self._digests[CPU].discard(slot.chunk)
 
     def _retire(self, slot: Slot) -> None:
+        self.version += 1
         slot.forgotten = True
         self._forgotten.add(slot)
         self._free_if_unused(slot)
@@ -476,6 +508,7 @@ class Ledger:
             self._free.append(slot.index)
 
     def _note(self, kind: type[Change], tier: str, chunk: bytes) -> None:
+        self.version += 1
         if self._changes and self._changes[-1][:2] == (kind, tier):
             self._changes[-1][2].append(chunk)
         else:

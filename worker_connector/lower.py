@@ -5,8 +5,7 @@ chunks lie below waits until they were fetched, the engine steps on meanwhile, a
 hit:
 
 - ``bring`` is asked before the request is first scheduled, to look its chunks up and to fetch them ahead, and then whenever
-  the engine asks what can be loaded. It says whether there is something to wait for, until no chunk has come for
-  ``patience`` seconds, and fetches each chunk at most once per tier and request.
+  the engine asks what can be loaded. It says whether there is something to wait for (``worker_connector.fetches``).
 - A fetch reserves slots, which are invisible until every rank has verified what it read. A copy that is missing or bad is
   taken out of the record, and the next tier is asked for it.
 - A chunk is written down once it is ready in the CPU tier: at once (``through``), or when slots run short (``back``).
@@ -25,9 +24,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
-from worker_connector.estimate import PROBE_SECONDS, Estimator, Median
+from worker_connector.estimate import Estimator
+from worker_connector.fetches import Asks, Fetches, Wanted
 from worker_connector.ledger import CPU, Ledger, Slot, SlotState
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.request_state import RequestState
@@ -45,7 +45,6 @@ JOB_BYTES = 128 << 20
 """What one job moves on one rank, or one chunk if that is more: a job's time limit then fits it."""
 _STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "auth", "loading", "readonly", "full"})
 """Causes that say nothing about the chunk."""
-_SMALL_BYTES = 256 << 10
 _SLACK = 64
 _ANNOUNCED = 0
 """In the place of a job's number: that job is still to be planned."""
@@ -68,37 +67,6 @@ class TierRules:
     most: int = 2_000_000
     listed: bool = True
     lossy: bool = False
-
-
-class Question(Protocol):
-    """A look-up under way."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether an answer may still come in time."""
-        ...
-
-
-class Asks(Protocol):
-    """Who looks up chunks in the lower tiers; what is found is put on record under the ledger's lock."""
-
-    def ask(self, chunks: Sequence[bytes]) -> Question:
-        """Begin a look-up. Returns at once."""
-        ...
-
-
-@dataclass(slots=True)
-class _Bring:
-    """One request's dealings with the lower tiers. ``since`` is when the engine began to wait for them, or when the last
-    chunk came; ``ready`` how many had come then."""
-
-    since: float | None = None
-    ready: int = 0
-    over: bool = False
-    tried: set[tuple[str, bytes]] = field(default_factory=set)
-    asked: int = 0
-    question: Question | None = None
-    origins: dict[bytes, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -126,28 +94,33 @@ class LowerTiers:
         patience: float,
         stats: Stats,
         estimator: Estimator,
-        asks: Asks | None = None,
         load_or_compute: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.asks = asks
         self._ledger = ledger
         self._tiers = {rules.name: rules for rules in tiers}
         self._ranks = ranks
-        self._whole = (0,) * groups
-        self._size = chunk_size
         self._chunk_bytes = chunk_bytes
         self._job_pieces = max(1, JOB_BYTES // max(1, chunk_bytes))
         self._may_load = may_load
         self._may_save = may_save
-        self._patience = patience
         self._stats = stats
-        self._estimator = estimator
-        self._load_or_compute = load_or_compute
         self._clock = clock
-        self._brings: dict[str, _Bring] = {}
+        self.fetches = Fetches(
+            ledger,
+            self._tiers,
+            self,
+            groups=groups,
+            chunk_size=chunk_size,
+            chunk_bytes=chunk_bytes,
+            job_pieces=self._job_pieces,
+            patience=patience,
+            stats=stats,
+            estimator=estimator,
+            load_or_compute=load_or_compute,
+            clock=clock,
+        )
         self._jobs: dict[int, _Job] = {}
-        self._fetching: dict[bytes, int] = {}
         self._unwritten: dict[str, OrderedDict[bytes, Slot]] = {name: OrderedDict() for name in self._tiers}
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
@@ -156,9 +129,6 @@ class LowerTiers:
         self._emptying: dict[str, int] = {}
         self._dropping: dict[str, dict[bytes, int]] = {name: {} for name in self._tiers}
         self._empty_again: dict[str, float] = {}
-        self._pace = {name: Median() for name in self._tiers}
-        self._paced_at = dict.fromkeys(self._tiers, -PROBE_SECONDS)
-        self._bytes_fetching = 0
         self._next_job = 0
         self._outbox: list[TierJob] = []
         for name in self._tiers:
@@ -174,6 +144,15 @@ class LowerTiers:
         return list(self._tiers)
 
     @property
+    def asks(self) -> Asks | None:
+        """Who looks up chunks in the lower tiers, if anybody does."""
+        return self.fetches.asks
+
+    @asks.setter
+    def asks(self, asks: Asks | None) -> None:
+        self.fetches.asks = asks
+
+    @property
     def may_write(self) -> bool:
         """Whether this engine writes to lower tiers."""
         return self._may_save
@@ -181,12 +160,12 @@ class LowerTiers:
     @property
     def has_work(self) -> bool:
         """Whether the next plan has something for a lower tier."""
-        return bool(self._outbox) or any(self._may_write(name) for name in self._tiers)
+        return bool(self._outbox) or self.fetches.has_work or any(self._may_write(name) for name in self._tiers)
 
     @property
     def fetch_room(self) -> int:
         """How many more chunks may be fetched for nobody, so that each job ends in its time."""
-        return max(0, 2 * self._job_pieces - len(self._fetching))
+        return max(0, 2 * self._job_pieces - self.fetches.under_way)
 
     def is_expected(self) -> bool:
         """Whether something is to be sent, or under way and not overdue."""
@@ -195,108 +174,44 @@ class LowerTiers:
 
     def bandwidth(self) -> dict[str, float]:
         """Bytes per second that fetches from each tier were measured to have, over all ranks; 0 where unknown."""
-        return {name: self._ranks / pace.value if pace.value else 0.0 for name, pace in self._pace.items()}
+        return {name: self._ranks * pace.bandwidth for name, pace in self.fetches.paces.items()}
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
     def bring(self, state: RequestState, first: int, *, ahead: bool = False) -> bool:
         """Look up and fetch what the request lacks in the CPU tier from chunk ``first`` on; whether to wait for it.
-        ``ahead``: the engine does not wait yet, and may find the beginning in its own cache. O(chunks)."""
-        if not self._may_load or state.adapter is not None or not state.eligible:
-            return False
-        bring = self._brings.setdefault(state.request.request_id, _Bring())
-        if bring.over:
-            return False
-        chunks = state.extend()
-        wanted: list[tuple[str, bytes]] = []
-        waiting, ready = False, 0
-        for at in range(first, len(chunks)):
-            chunk = chunks[at]
-            if self._ledger.lookup(chunk) is not None or (ahead and self._ledger.in_gpu(chunk)):
-                ready += 1
-                continue
-            if chunk in self._fetching:
-                waiting = True
-            elif (tier := self._source(chunk, bring)) is not None:
-                wanted.append((tier, chunk))
-            else:
-                waiting |= self._is_asked(bring, chunks, at)
-                break
-        if not ahead and self._out_of_patience(bring, ready):
-            return False
-        if wanted and self._is_worth_fetching(wanted):
-            waiting |= self._fetch(bring, wanted, frozenset(chunks))
-        return waiting
+        ``ahead``: the engine does not wait yet, and may find the beginning in its own cache. O(1) while nothing changed."""
+        return self._may_load and self.fetches.bring(state, first, ahead=ahead)
 
     def origins(self, request_id: str, chunks: Iterable[bytes]) -> dict[str, int]:
-        """How many of these chunks were fetched for a request, by tier."""
-        bring = self._brings.get(request_id)
-        counts: dict[str, int] = {}
-        for chunk in chunks if bring is not None and bring.origins else ():
-            if bring is not None and (tier := bring.origins.get(chunk)) is not None:
-                counts[tier] = counts.get(tier, 0) + 1
-        return counts
+        """How many tokens of these chunks were fetched for a request, by tier."""
+        return self.fetches.origins(request_id, chunks)
+
+    def served(self, request_id: str) -> None:
+        """The engine gave a request its blocks: what it waited for may be evicted once it is loaded."""
+        self.fetches.served(request_id)
 
     def forget(self, request_id: str) -> None:
-        """The engine is done with a request. Fetches under way for it go on: others may want the same."""
-        self._brings.pop(request_id, None)
+        """The engine is done with a request."""
+        self.fetches.forget(request_id)
 
-    def _out_of_patience(self, bring: _Bring, ready: int) -> bool:
-        now = self._clock()
-        if bring.since is None or ready > bring.ready:
-            bring.since, bring.ready = now, ready
-        elif now - bring.since > self._patience:
-            bring.over = True
-            self._stats.add("lower_tier_timeouts", 1)
-        return bring.over
+    def may_fetch(self, tier: str, chunk: bytes) -> bool:
+        """Whether a tier may be asked for a chunk that is on its record."""
+        paused = self._paused.get(tier, 0.0) > self._clock()
+        return not paused and tier not in self._emptying and chunk not in self._dropping[tier]
 
-    def _source(self, chunk: bytes, bring: _Bring) -> str | None:
-        now = self._clock()
-        for tier in self._ledger.below(chunk):
-            if (tier, chunk) in bring.tried or self._paused.get(tier, 0.0) > now:
-                continue
-            if tier not in self._emptying and chunk not in self._dropping[tier]:
-                return tier
-        return None
+    def fetch(self, tier: str, pairs: Sequence[tuple[Piece, Slot]]) -> int:
+        """Plan a fetch; its number."""
+        return self._send(tier, "fetch", pairs)
 
-    def _is_asked(self, bring: _Bring, chunks: Sequence[bytes], at: int) -> bool:
-        """Look up, once per chunk, what is on no record; whether an answer is still to come."""
-        if self.asks is not None and len(chunks) > max(at, bring.asked):
-            unknown = [chunk for chunk in chunks[max(at, bring.asked) :] if not self._ledger.below(chunk)]
-            bring.asked = len(chunks)
-            if unknown:
-                bring.question = self.asks.ask(unknown)
-        return bring.question is not None and bring.question.pending
-
-    def _is_worth_fetching(self, wanted: Sequence[tuple[str, bytes]]) -> bool:
-        compute = self._estimator.compute_seconds(len(wanted) * self._size)
-        if not self._load_or_compute or compute is None:
-            return True
-        now, seconds = self._clock(), 0.0
-        for tier, _ in wanted:
-            if now - self._paced_at[tier] > PROBE_SECONDS:
-                return True
-            seconds += self._chunk_bytes * self._pace[tier].value
-        nbytes = self._chunk_bytes * len(wanted) + self._bytes_fetching
-        worth = seconds + (self._estimator.load_seconds(nbytes) or 0.0) < compute
-        if not worth:
-            self._stats.load_skipped(wanted[0][0], len(wanted))
-        return worth
-
-    def _fetch(self, bring: _Bring, wanted: Sequence[tuple[str, bytes]], own: frozenset[bytes]) -> bool:
-        """Reserve slots and plan the fetch, up to the first chunk that gets none; whether any got one."""
-        jobs: dict[str, list[tuple[Piece, Slot]]] = {}
-        for tier, chunk in wanted:
-            slot = self._ledger.reserve(chunk, (), own)
-            if slot is None:
-                break
-            bring.tried.add((tier, chunk))
-            bring.origins[chunk] = tier
-            jobs.setdefault(tier, []).append((Piece(chunk, slot.index), slot))
-        for tier, pairs in jobs.items():
-            for start in range(0, len(pairs), self._job_pieces):
-                self._send(tier, "fetch", pairs[start : start + self._job_pieces])
-        return bool(jobs)
+    def withdraw(self, number: int) -> bool:
+        """Forget a job that was not sent; whether there was such a one."""
+        job = next((job for job in self._outbox if job.job == number), None)
+        if job is None:
+            return False
+        self._outbox.remove(job)
+        del self._jobs[number]
+        return True
 
     # ---- writes -------------------------------------------------------------------------------------------------
 
@@ -383,6 +298,7 @@ class LowerTiers:
         """What the workers have to do for the lower tiers."""
         for name in [name for name, due in self._empty_again.items() if due <= self._clock()]:
             self.drop(name)
+        self.fetches.plan_step()
         for name in self._tiers:
             if self._may_write(name):
                 self._write(name)
@@ -443,7 +359,7 @@ class LowerTiers:
             self._dropping[name].clear()
         self._emptying.clear()
         self._empty_again.clear()
-        self._brings.clear()
+        self.fetches.clear()
 
     def rename(self, generation: str) -> None:
         """The weights that this engine has are called so by others too. What is above stays, and is written below by that
@@ -454,11 +370,9 @@ class LowerTiers:
     def promote(self, tier: str, chunks: Sequence[bytes], *, evict: bool = False) -> int:
         """Fetch chunks into the CPU tier without a request for them, as far as slots are free or, with ``evict``, can be
         made free; how many will be."""
-        wanted = [(tier, chunk) for chunk in self.may_be_found(tier, chunks) if not self._ledger.holds(chunk)]
+        wanted = [Wanted(tier, chunk) for chunk in self.may_be_found(tier, chunks) if not self._ledger.holds(chunk)]
         wanted = wanted if evict else wanted[: self._ledger.free_slots]
-        bring = _Bring()
-        self._fetch(bring, wanted, frozenset(chunks))
-        return len(bring.tried)
+        return self.fetches.start(None, wanted, frozenset(chunks))
 
     def demote(self, tier: str, chunks: Iterable[bytes]) -> int:
         """Write chunks of the CPU tier to a lower tier now, and drop each when every rank has written it; of what is there
@@ -480,12 +394,7 @@ class LowerTiers:
 
     def check(self) -> None:
         """Assert every invariant."""
-        for chunk, number in self._fetching.items():
-            assert number in self._jobs, "a chunk is being fetched by no job"
-            assert self._ledger.holds(chunk) or self._slot_of(chunk, number).forgotten, "a fetched chunk has no slot"
-        under_way = [job for job in self._jobs.values() if job.job.kind == "fetch"]
-        fetched = sum(len(job.slots) for job in under_way) * self._chunk_bytes
-        assert self._bytes_fetching == fetched, "bytes under way are wrong"
+        self.fetches.check()
         for name, chunks in self._writing.items():
             jobs = [job.job for job in self._jobs.values() if (job.job.tier, job.job.kind) == (name, "write")]
             assert chunks == {piece.chunk for job in jobs for piece in job.pieces}, "a chunk is written by no job"
@@ -498,21 +407,16 @@ class LowerTiers:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _slot_of(self, chunk: bytes, number: int) -> Slot:
-        return next(slot for slot in self._jobs[number].slots if slot.chunk == chunk)
-
     def _send(
         self, tier: str, kind: Literal["fetch", "write", "drop"], pairs: Sequence[tuple[Piece, Slot | None]]
-    ) -> None:
+    ) -> int:
         self._next_job += 1
         seconds = self._tiers[tier].deadline if kind == "fetch" else WRITE_SECONDS
         job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], seconds, self.generation)
         slots = [slot for _, slot in pairs if slot is not None]
         self._jobs[job.job] = _Job(job, slots, self._clock())
         self._outbox.append(job)
-        if kind == "fetch":
-            self._fetching.update((piece.chunk, job.job) for piece in job.pieces)
-            self._bytes_fetching += len(slots) * self._chunk_bytes
+        return job.job
 
     def _end(self, ended: _Job) -> None:
         job, result = ended.job, ended.result
@@ -545,23 +449,13 @@ class LowerTiers:
 
     def _end_fetch(self, ended: _Job) -> None:
         job, result = ended.job, ended.result
-        self._bytes_fetching -= len(ended.slots) * self._chunk_bytes
-        # From the last to the first: the head of a prompt is then the most recently used.
-        for slot in reversed(ended.slots):
-            if self._fetching.get(slot.chunk) == job.job:
-                del self._fetching[slot.chunk]
-            if (cause := result.failed.get(slot.chunk)) is None:
-                slot.missing = result.missing.get(slot.chunk, self._whole)
-                slot.approximate = slot.chunk in result.lossy
-                self._ledger.commit(slot)
-                self._remember_above(job.tier, slot)
-                continue
-            self._ledger.abandon(slot)
-            if cause not in _STORE_WIDE and job.generation == self.generation:
-                self._ledger.removed(job.tier, (slot.chunk,))
+        for slot in self.fetches.ended(job.job, result):
+            self._remember_above(job.tier, slot)
+        if job.generation == self.generation:
+            gone = [chunk for chunk, cause in result.failed.items() if cause not in _STORE_WIDE]
+            self._ledger.removed(job.tier, gone)
         fetched = len(ended.slots) - len(result.failed)
         self._stats.loaded(job.tier, fetched, result.nbytes * self._ranks, result.seconds)
-        self._observe(job.tier, fetched, self._clock() - ended.began)
 
     def _end_write(self, ended: _Job) -> None:
         job, result = ended.job, ended.result
@@ -595,9 +489,3 @@ class LowerTiers:
         self._leaving[tier].discard(slot.chunk)
         if tier in self._ledger.below(slot.chunk) and not slot.kept and self._ledger.lookup(slot.chunk) is slot:
             self._ledger.forget(slot.chunk)
-
-    def _observe(self, tier: str, chunks: int, seconds: float) -> None:
-        nbytes = chunks * self._chunk_bytes
-        if nbytes >= _SMALL_BYTES:
-            self._pace[tier].add(seconds / nbytes)
-            self._paced_at[tier] = self._clock()

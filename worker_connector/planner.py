@@ -178,6 +178,7 @@ class Planner:
                 state.skipped = 0
             if tokens:
                 self._begin_load(state, tables, state.local, state.local + tokens)
+            self.lower.served(request.request_id)
 
     def finished(self, request_id: str) -> None:
         """The engine is done with a request, or gave it up. A load that is still under way stays on record."""

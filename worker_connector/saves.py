@@ -218,7 +218,7 @@ class Saves:
             chunk,
             lacking,
             own,
-            hidden=bool(tail_tokens),
+            tokens=tail_tokens,
             confined=confined,
             approximate=approximate,
             priority=priority,

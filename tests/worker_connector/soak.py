@@ -122,7 +122,7 @@ class Turnover:
     def _want(self, chunks: list[bytes]) -> None:
         self.names += 1
         request = SimpleNamespace(request_id=str(self.names))
-        controls = SimpleNamespace(priority=1)
+        controls = SimpleNamespace(priority=0)
         state: Any = SimpleNamespace(
             request=request, adapter=None, eligible=True, chunks=chunks, extend=lambda: chunks, controls=controls
         )

@@ -191,7 +191,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def reserve(self, number: int) -> None:
         held = set(self.ledger.content()[CPU])
         # Every sixth name is the beginning of a chunk, which nobody outside may see.
-        slot = self.ledger.reserve(chunk(number), hidden=number % 6 == 0)
+        slot = self.ledger.reserve(chunk(number), tokens=int(number % 6 == 0))
         self.ready -= held - set(self.ledger.content()[CPU])
         if slot is not None:
             busy = Counter(each.index for each in [*self.saving, *self.pinned])
