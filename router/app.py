@@ -22,7 +22,7 @@ from router.control import Control
 from router.cross_origin import share_with_origins
 from router.dialects import DIALECTS
 from router.discovery_metrics import DiscoveryState
-from router.endpoints import find, is_page
+from router.endpoints import find
 from router.errors import ApiError, ClientGone
 from router.health import Monitor
 from router.history import History
