@@ -21,6 +21,7 @@ from worker_connector.config_values import (
     codec,
     copy_threads,
     fraction,
+    generation,
     non_negative,
     numa_node,
     optional_text,
@@ -88,9 +89,12 @@ class ConnectorConfig:
     write_admission: str = "always"
     ttl: int = 0
     cache_warmup: bool = False
+    conversation_mode: bool = False
+    conversation_seconds: float = 600.0
     lower_tier_patience: float = 5.0
     model_name: str = ""
     weights_id: str = ""
+    weights_generation: str = ""
     report_host: str = "127.0.0.1"
     report_port: int = 5571
     report_port_is_default: bool = True
@@ -178,9 +182,12 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "write_admission": choice("always", "second-touch"),
     "ttl": non_negative,
     "cache_warmup": boolean,
+    "conversation_mode": boolean,
+    "conversation_seconds": seconds,
     "lower_tier_patience": seconds,
     "model_name": text,
     "weights_id": text,
+    "weights_generation": generation,
     "report_host": text,
     "report_port": port,
     "report_token": optional_text,

@@ -148,16 +148,14 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler.absorb(report, finished or ())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        del block_ids
-        assert self._scheduler is not None
-        self._scheduler.planner.finished(request.request_id)
-        return False, None
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        del block_ids
-        return self.request_finished(request, [])
+        assert self._scheduler is not None
+        self._scheduler.planner.finished(request.request_id, block_ids)
+        return False, None
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.has_unfinished_transfers()

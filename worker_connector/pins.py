@@ -50,8 +50,12 @@ class Pins:
         """Keep chunks for so many seconds from now, or for good. Of a chunk that is pinned already the end is set
         anew; with ``extend``, only to a later one. O(log pins) each."""
         until = math.inf if seconds is None else self._clock() + seconds
+        return self.pin_until(chunks, until, share=share, extend=extend)
+
+    def pin_until(self, chunks: Iterable[bytes], until: float, *, share: float, extend: bool = False) -> Pinned:
+        """The same until a time of the clock's."""
         with self._ledger.lock:
-            most = int(self._ledger.capacity * share)
+            most = self.most(share)
             taken, refused = [], 0
             for chunk in dict.fromkeys(chunks):
                 before = self._until.get(chunk)
@@ -71,6 +75,19 @@ class Pins:
             self._ledger.keep(ended, keep=False)
             self._compact()
             return len(ended)
+
+    def retract(self, chunks: Iterable[bytes], until: float) -> int:
+        """End those pins of these chunks that end at exactly that time, so none that was set anew since; how many."""
+        with self._ledger.lock:
+            return self.unpin([chunk for chunk in chunks if self._until.get(chunk) == until])
+
+    def most(self, share: float) -> int:
+        """How many chunks may be pinned with such a share of the slots."""
+        return int(self._ledger.capacity * share)
+
+    def now(self) -> float:
+        """The clock's time, in seconds."""
+        return self._clock()
 
     def clear(self) -> int:
         """End all pins; how many there were."""

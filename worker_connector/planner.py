@@ -45,7 +45,7 @@ from worker_connector.lower import LowerTiers, TierRules
 from worker_connector.plan import PLAIN, LoadJob, Span, StepPlan, WorkerReport
 from worker_connector.request_controls import Controls
 from worker_connector.request_state import Adapter, RequestState, external_id
-from worker_connector.saves import OVERDUE_SECONDS, TAIL_CHUNKS, Saves
+from worker_connector.saves import OVERDUE_SECONDS, TAIL_CHUNKS, Blocks, Saves
 from worker_connector.stats import Stats
 
 LOAD_SECONDS = 10.0
@@ -93,6 +93,7 @@ class Planner:
         self.estimator = Estimator()
         self.publish = publish
         self.mark: Callable[[list[bytes], Controls], object] = lambda _chunks, _controls: None
+        self.turn_ended: Callable[[Sequence[bytes]], object] = lambda _chunks: None
         self.gpu_usage = gpu_usage
         self._config = config
         self._size = config.chunk_size
@@ -180,13 +181,23 @@ class Planner:
                 self._begin_load(state, tables, state.local, state.local + tokens)
             self.lower.served(request.request_id)
 
-    def finished(self, request_id: str) -> None:
-        """The engine is done with a request, or gave it up. A load that is still under way stays on record."""
+    def finished(self, request_id: str, tables: Tables = ()) -> None:
+        """The engine is done with a request, or gave it up; ``tables`` are its blocks. A load that is still under way stays
+        on record."""
         with self.lock:
             state = self._requests.pop(request_id, None)
             self.lower.forget(request_id)
-            if state is not None and (state.controls.keep or state.controls.tags) and state.eligible:
+            if state is None or not state.eligible:
+                return
+            if self._config.conversation_mode and not state.controls.skip_save and not self.is_stale:
+                tail = self._saves.end(state, tables)
+                self.turn_ended([*state.extend(), tail] if tail else state.extend())
+            if state.controls.keep or state.controls.tags:
                 self.mark(state.extend(), state.controls)
+
+    def hold_blocks(self, blocks: Blocks) -> None:
+        """How to keep the engine's blocks for saves of requests that are over; without it there are none."""
+        self._saves.blocks = blocks
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -264,6 +275,7 @@ class Planner:
         ``generation`` is a name that nobody else has. Without ``gpu_is_empty``, the engine's own prefix cache still has KV of
         before, until ``gpu_emptied`` is called."""
         with self.lock:
+            self._saves.drop_ended()
             self.ledger.clear_cpu()
             self.lower.enter(generation)
             self.is_stale = not gpu_is_empty

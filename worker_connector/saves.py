@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
-from typing import Any
+from typing import Any, Protocol
 
-from worker_connector.block_tables import Tables, is_fuller, missing_blocks
+from worker_connector.block_tables import NULL_BLOCK, Tables, is_fuller, missing_blocks
 from worker_connector.eviction import NORMAL
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, Ledger, Slot
@@ -27,14 +27,41 @@ TAIL_CHUNKS = 4
 _log = logging.getLogger("vllm.warmroute.planner")
 
 
+class Blocks(Protocol):
+    """Keeps the engine from giving blocks to others while a save still has to read them."""
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Count a use of each block."""
+
+    def let_go(self, blocks: Sequence[int]) -> None:
+        """End that use of each."""
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A request that is over, whose last, unfinished chunk is still to be saved. ``blocks`` are held for that."""
+
+    at: int
+    tail: bytes
+    tables: Tables
+    tokens: int
+    chunks: frozenset[bytes]
+    blocks: list[int]
+    confined: bool
+    approximate: bool
+    priority: int
+
+
 @dataclass(slots=True)
 class _Save:
-    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews."""
+    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews, ``held``
+    the blocks that are kept for it."""
 
     job: SaveJob
     slots: list[Slot] = field(default_factory=list)
     heads: list[list[bytes]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
     began: float = 0.0
     ranks: int = 0
     failed: bool = False
@@ -68,23 +95,65 @@ class Saves:
         self._clock = clock
         self._saves: dict[int, _Save] = {}
         self._readers_of: dict[int, int] = {}
+        self.blocks: Blocks | None = None
+        self._ended: list[_Ended] = []
 
     def __bool__(self) -> bool:
-        """Whether a save is under way."""
-        return bool(self._saves)
+        """Whether a save is under way or waits for the next step."""
+        return bool(self._saves or self._ended)
 
     def is_expected(self) -> bool:
-        """Whether a save is under way that is not overdue."""
+        """Whether a save is under way that is not overdue, or waits for the next step."""
         horizon = self._clock() - OVERDUE_SECONDS
-        return any(save.began > horizon for save in self._saves.values())
+        return bool(self._ended) or any(save.began > horizon for save in self._saves.values())
+
+    def end(self, state: RequestState, tables: Tables) -> bytes:
+        """A request is over, of which more may come: the beginning of the chunk in which it ended, as far as the engine
+        computed whole blocks of it, is saved in the next step, and its blocks are held until then. Returns its name, empty
+        where nothing is saved. ``tables`` are the request's blocks."""
+        request = state.request
+        computed = request.num_tokens - 1  # of the token that was sampled last nobody computed anything
+        whole = computed // self._size
+        tokens = (computed - whole * self._size) // self.unit * self.unit
+        if self.blocks is None or not self._allowed or not self._ledger.capacity or not tables:
+            return b""
+        if computed < request.num_prompt_tokens or whole < TAIL_CHUNKS or not tokens:
+            return b""
+        chunks = state.extend()[:whole]
+        tail = state.name_tail(whole, tokens) if state.eligible else b""
+        if not tail or self._ledger.holds(tail):
+            return tail
+        ended = _Ended(
+            at=whole,
+            tail=tail,
+            tables=tables,
+            tokens=tokens,
+            chunks=frozenset(chunks),
+            blocks=self._blocks_of(whole, tokens, tables),
+            confined=state.adapter is not None,
+            approximate=whole >= self._exact_chunks(state, chunks),
+            priority=state.controls.priority,
+        )
+        self.blocks.hold(ended.blocks)
+        self._ended.append(ended)
+        return tail
+
+    def drop_ended(self) -> None:
+        """What waits for the next step is not saved."""
+        ended, self._ended = self._ended, []
+        for each in ended:
+            self._let_go(each.blocks)
 
     def plan(self, step: int, output: Any, due: list[tuple[RequestState, int]]) -> SaveJob | None:
         """What the step saves for the requests that are ``due``; None where that is nothing."""
-        if not due:
+        if not due and not self._ended:
             return None
         save = _Save(SaveJob(step, []), began=self._clock())
         for state, scheduled in due:
             self._save_request(state, scheduled, output.kv_connector_block_state, save)
+        ended, self._ended = self._ended, []
+        for each in ended:
+            self._save_ended(each, save)
         if not save.slots:
             return None
         self._saves[step] = save
@@ -152,6 +221,33 @@ class Saves:
             saved.append(len(chunks))
         if saved:
             save.heads.append(chunks[: saved[0]])
+
+    def _save_ended(self, ended: _Ended, save: _Save) -> None:
+        if self._save_chunk(
+            save,
+            ended.at,
+            ended.tail,
+            ended.tables,
+            ended.chunks,
+            tail_tokens=ended.tokens,
+            confined=ended.confined,
+            approximate=ended.approximate,
+            priority=ended.priority,
+        ):
+            save.held += ended.blocks
+        else:
+            self._let_go(ended.blocks)
+
+    def _blocks_of(self, at: int, tokens: int, tables: Tables) -> list[int]:
+        """The blocks of the first tokens of a chunk."""
+        spans = [
+            tables[group.index][at * group.blocks_per_chunk :][: tokens // group.block_size] for group in self._groups
+        ]
+        return [block for span in spans for block in span if block != NULL_BLOCK]
+
+    def _let_go(self, blocks: Sequence[int]) -> None:
+        if self.blocks is not None and blocks:
+            self.blocks.let_go(blocks)
 
     def _exact_chunks(self, state: RequestState, chunks: Sequence[bytes]) -> int:
         """How many of a request's chunks, and of the tail behind them, were computed from exact KV only: those before the
@@ -234,6 +330,7 @@ class Saves:
 
     def _end_save(self, job: int) -> None:
         save = self._saves.pop(job)
+        self._let_go(save.held)
         for block in save.blocks:
             if self._readers_of.get(block) == job:
                 del self._readers_of[block]

@@ -12,6 +12,8 @@ from kv_protocol.identity import Identity
 from kv_protocol.messages import Hello, TierInfo
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
+from worker_connector.conversations import Conversations
+from worker_connector.engine_blocks import EngineBlocks
 from worker_connector.errors import UnsupportedCache
 from worker_connector.eviction import POLICIES, Prioritised
 from worker_connector.geometry import Group, describe_groups
@@ -82,6 +84,8 @@ class SchedulerHalf:
         self.pins = Pins(self.ledger)
         self.tags = Tags(self.ledger)
         self.planner.mark = self._mark
+        if config.conversation_mode:
+            self.planner.turn_ended = Conversations(self.pins, config.conversation_seconds).turn_ended
         self.operations = Operations(
             self.ledger, self.planner.lower, self.pins, self.tags, totals=self._totals, lookups=lambda: self._lookups
         )
@@ -89,6 +93,8 @@ class SchedulerHalf:
     def bind(self, manager: Any) -> None:
         """Watch the engine's prefix cache. ``manager`` is vLLM's KVCacheManager, or its BlockPool."""
         self._manager = manager
+        if self.config.conversation_mode:
+            self.planner.hold_blocks(EngineBlocks(manager))
         groups = self._cache.kv_cache_groups
         self._gpu = GpuTier(
             manager, groups, chunk_size=self.config.chunk_size, model=self.model, on_cleared=self._gpu_cleared

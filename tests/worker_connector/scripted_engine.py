@@ -107,6 +107,7 @@ class Engine:
             clock=lambda: self.now,
             **roles,
         )
+        self.planner.hold_blocks(self)
         self.ranks, self.step_tokens, self.delay = ranks, step_tokens, delay
         self.memory: list[dict[int, dict[int, Content]]] = [{} for _ in range(ranks)]
         self.slots: list[dict[tuple[int, int, int], dict[int, Content]]] = [{} for _ in range(ranks)]
@@ -287,7 +288,7 @@ class Engine:
             if len(request.outputs) >= request.max_tokens:
                 request.status = "finished"
                 self.running.remove(request)
-                self.planner.finished(name)
+                self.planner.finished(name, [list(table) for table in request.tables])
                 self._free(request)
                 del self.requests[name]
 
@@ -355,6 +356,14 @@ class Engine:
         for table, blocks in zip(request.tables, fresh, strict=True):
             table.extend(blocks)
         return fresh
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._own(block)
+
+    def let_go(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._disown(block)
 
     def _take(self) -> int:
         block = self.free.popleft()

@@ -1,0 +1,157 @@
+"""Conversations that go on find what they computed before, the beginning of their last chunk too."""
+
+import random
+
+import pytest
+
+from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, prompt
+from worker_connector.conversations import Conversations
+from worker_connector.eviction import LeastRecentlyUsed
+from worker_connector.ledger import Ledger
+from worker_connector.pins import Pins
+
+
+def next_turn(engine: Engine, name: str, tokens: list[int], **fields: int) -> list[int]:
+    """Serve a turn; all of the conversation after it."""
+    request = engine.serve(name, tokens, **fields)
+    return [*tokens, *request.outputs]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("windows", [(0,), (0, 6)])
+def test_the_next_turn_loads_up_to_the_last_block_of_the_turn_before(windows: tuple[int, ...], ranks: int) -> None:
+    engine = Engine(blocks=200, windows=windows, ranks=ranks, conversation_mode=True)
+    said = next_turn(engine, "first", prompt(1, 5 * CHUNK), max_tokens=CHUNK + 2 * BLOCK + 1)
+    engine.reset_prefix_cache()
+    second = engine.serve("second", [*said, *prompt(2, CHUNK)], max_tokens=1)
+    assert second.answers[-1] == 6 * CHUNK + 2 * BLOCK
+    assert not engine.owners, "blocks are still held"
+
+
+def test_without_the_mode_nothing_generated_is_kept_beyond_whole_chunks() -> None:
+    engine = Engine(blocks=200)
+    said = next_turn(engine, "first", prompt(1, 5 * CHUNK), max_tokens=CHUNK + 2 * BLOCK + 1)
+    engine.reset_prefix_cache()
+    assert engine.serve("second", [*said, *prompt(2, CHUNK)], max_tokens=1).answers[-1] == 6 * CHUNK
+
+
+def test_a_request_that_is_not_to_be_saved_leaves_no_end() -> None:
+    engine = Engine(blocks=200, conversation_mode=True)
+    controls = {"kv_transfer_params": {"warmroute": {"skip_save": True}}}
+    request = engine.serve("first", prompt(1, 5 * CHUNK), max_tokens=2 * BLOCK + 1, **controls)
+    engine.reset_prefix_cache()
+    again = engine.serve("second", [*prompt(1, 5 * CHUNK), *request.outputs, 1, 2], max_tokens=1)
+    assert again.answers[-1] == 0
+
+
+def test_the_end_of_a_turn_is_not_saved_under_other_weights() -> None:
+    engine = Engine(blocks=200, conversation_mode=True)
+    request = engine.add("first", prompt(1, 5 * CHUNK), max_tokens=2 * BLOCK + 1)
+    while "first" in engine.requests:
+        engine.step()
+    engine.planner.clear("others")
+    assert not engine.owners, "blocks are held for a save that will not come"
+    engine.run()
+    engine.reset_prefix_cache()
+    again = engine.serve("second", [*prompt(1, 5 * CHUNK), *request.outputs, 1, 2], max_tokens=1)
+    assert again.answers[-1] == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_conversations_in_a_small_engine_read_no_wrong_token_and_give_all_blocks_back(seed: int) -> None:
+    source = random.Random(seed)
+    windows = source.choice([(0,), (0, 6), (9, 0, 30)])
+    engine = Engine(
+        blocks=60 * len(windows),
+        slots=12,
+        windows=windows,
+        ranks=2,
+        conversation_mode=True,
+        delay=lambda: source.randrange(4),
+    )
+    said = {number: prompt(number, 3 * CHUNK) for number in range(4)}
+    for turn in range(24):
+        number = source.randrange(4)
+        if len(said[number]) > 8 * CHUNK:
+            said[number] = prompt(100 + turn, 4 * CHUNK)
+        asked = [*said[number], *prompt(1000 + turn, source.randrange(1, CHUNK))]
+        said[number] = next_turn(engine, f"turn {turn}", asked, max_tokens=source.randrange(1, CHUNK))
+    assert not engine.owners, "blocks are still held"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def kept(slots: int = 40) -> tuple[Conversations, Pins]:
+    ledger = Ledger(LeastRecentlyUsed())
+    ledger.set_capacity(slots)
+    pins = Pins(ledger, Clock())
+    return Conversations(pins, 60.0), pins
+
+
+def chunks(conversation: int, count: int) -> list[bytes]:
+    return [bytes([conversation, at]) * 8 for at in range(count)]
+
+
+def test_a_later_turn_takes_the_place_of_the_one_before_it() -> None:
+    conversations, pins = kept()
+    conversations.turn_ended([*chunks(1, 3), b"a tail"])
+    conversations.turn_ended(chunks(1, 4))
+    assert len(conversations) == 2, "a tail is not among the next turn's chunks"
+    conversations.turn_ended(chunks(1, 6))
+    assert len(conversations) == 2
+    assert len(pins) == 7
+
+
+def test_when_the_share_is_full_the_conversation_that_waited_longest_gives_way() -> None:
+    conversations, pins = kept()
+    for number in range(5):
+        conversations.turn_ended(chunks(number, 4))
+    held = {chunk for chunk, _ in pins.entries(100)}
+    assert held == {*chunks(3, 4), *chunks(4, 4)}
+
+
+def test_chunks_that_conversations_share_stay_while_one_of_them_does() -> None:
+    conversations, pins = kept()
+    shared = chunks(9, 2)
+    conversations.turn_ended([*shared, *chunks(1, 3)])
+    conversations.turn_ended([*shared, *chunks(2, 3)])
+    conversations.turn_ended(chunks(3, 5))
+    held = {chunk for chunk, _ in pins.entries(100)}
+    assert held >= {*shared, *chunks(2, 3), *chunks(3, 5)}
+    assert chunks(1, 3)[0] not in held
+
+
+def test_a_conversation_larger_than_the_share_pushes_nobody_out() -> None:
+    conversations, pins = kept()
+    conversations.turn_ended(chunks(1, 4))
+    conversations.turn_ended(chunks(2, 20))
+    held = {chunk for chunk, _ in pins.entries(100)}
+    assert held == {*chunks(1, 4), *chunks(2, 20)[:6]}
+
+
+def test_operators_pins_stay() -> None:
+    conversations, pins = kept()
+    pins.pin(chunks(1, 2))
+    conversations.turn_ended(chunks(1, 4))
+    for number in range(2, 6):
+        conversations.turn_ended(chunks(number, 4))
+    held = {chunk for chunk, _ in pins.entries(100)}
+    assert held >= set(chunks(1, 2))
+
+
+def test_what_has_ended_is_forgotten() -> None:
+    conversations, pins = kept()
+    conversations.turn_ended(chunks(1, 4))
+    clock = pins._clock
+    assert isinstance(clock, Clock)
+    clock.now += 100
+    pins.expire()
+    conversations.turn_ended(chunks(2, 4))
+    assert len(conversations) == 1
+    assert {chunk for chunk, _ in pins.entries(100)} == set(chunks(2, 4))
