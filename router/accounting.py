@@ -66,6 +66,8 @@ class Accounting:
         miscounted: Callable[[Worker, Decision, int], None],
     ) -> None:
         self._recent: deque[Decision] = deque(maxlen=keep)
+        self.routed = 0
+        """Decisions made since the start."""
         self._keep = max(keep, 1024)
         self._open: dict[str, _Open] = {}
         self._metrics = metrics
@@ -78,6 +80,7 @@ class Accounting:
         tell its outcome; 0 where they cannot be told from another's."""
         if decision.attempts == 1:
             self._recent.append(decision)
+            self.routed += 1
         request_id = decision.request_id
         previous = self._open.pop(request_id, None) if request_id in self._open else None
         if previous is not None and previous.decision is not decision and previous.decision.outcome == "running":

@@ -20,9 +20,10 @@ from router.clients import client_type
 from router.config import Settings, WorkerSpec
 from router.control import Control
 from router.cross_origin import share_with_origins
+from router.dashboard.board import Board
 from router.dialects import DIALECTS
 from router.discovery_metrics import DiscoveryState
-from router.endpoints import find
+from router.endpoints import find, is_page
 from router.errors import ApiError, ClientGone
 from router.health import Monitor
 from router.history import History
@@ -73,6 +74,7 @@ class Gateway:
         self.policy = make_policy(settings)
         self.access = make_access(settings.api_keys_file, settings.api_keys.get_secret_value())
         self.draining = False
+        self.board = Board(self)
         self.pipeline = Pipeline(
             settings=settings,
             registry=self.registry,
@@ -85,6 +87,7 @@ class Gateway:
             surface=Surface(StoredResponses(self.registry), self.accounting),
             access=self.access,
             suspected=self._suspected,
+            seen=self.board.prompts,
         )
         self.metrics.add(PromptState(self.prompts))
         self.metrics.add(AccessState(self.access, self.admission, self.pipeline.retries))
@@ -114,6 +117,8 @@ class Gateway:
             self._spawn(self.access.watch(self.settings.config_interval))
         self.pipeline.chooser.clock = asyncio.get_running_loop().time
         self._spawn(loop_lag.watch(self.metrics.loop_lag))
+        if self.board.enabled:
+            self._spawn(self.board.timeline.run())
         try:
             async with asyncio.timeout(FIRST_CHECK_S):
                 await self.control.start()
@@ -353,10 +358,11 @@ class Application:
 
     def _authorize(self, scope: Scope) -> None:
         """Raises:
-        Unauthorized: the path is not open, and the request shows neither key nor admin token. ``/admin`` guards itself.
+        Unauthorized: the path is not open, and the request shows neither key nor admin token. ``/admin`` guards itself, and
+        the dashboard's page holds nothing.
         """
         gateway, path = self.gateway, scope["path"]
-        if gateway.access is None or path == "/admin" or path.startswith("/admin/"):
+        if gateway.access is None or path == "/admin" or path.startswith("/admin/") or is_page(path):
             return
         if path in PROBES and (gateway.settings.open_probes or gateway.shows_admin_token(scope["headers"])):
             return

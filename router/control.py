@@ -378,7 +378,7 @@ class Control:
             case "requests":
                 return self._requests(*arguments)
             case _:
-                return None
+                return await self._gateway.board.on_call(operation, arguments)
 
 
 def open_files() -> int | None:

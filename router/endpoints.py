@@ -122,7 +122,9 @@ REFUSED_BELOW: Mapping[str, str] = {
     "/admin/": "it would be taken for the gateway's own",
 }
 
-OWN: frozenset[str] = frozenset({"/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json"})
+OWN: frozenset[str] = frozenset(
+    {"/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/dashboard"}
+)
 """Answered by the gateway itself, as is everything below ``/admin``."""
 
 TABLE: Mapping[str, Endpoint] = {
@@ -150,7 +152,12 @@ def find(path: str, method: str, *, pass_through: bool = True) -> Endpoint | Non
 
 def is_own(path: str) -> bool:
     """Whether the gateway itself answers."""
-    return path in OWN or path == "/admin" or path.startswith(("/admin/", "/v1/models/"))
+    return path in OWN or path == "/admin" or path.startswith(("/admin/", "/dashboard/", "/v1/models/"))
+
+
+def is_page(path: str) -> bool:
+    """Whether it is a part of the dashboard's page."""
+    return path == "/dashboard" or path.startswith("/dashboard/")
 
 
 def response_id(path: str) -> str:

@@ -6,6 +6,7 @@ import copy
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from router.body_memory import BodyMemory
 from router.choosing import Chooser, Plan, Routed, first_missing, fitting
 from router.client import Client, Headers
 from router.config import Settings
+from router.dashboard.prefixes import Hashes
 from router.errors import (
     ApiError,
     BadGateway,
@@ -104,9 +106,11 @@ class Pipeline:
         surface: Surface,
         access: Access | None = None,
         suspected: Callable[[Worker], None] = lambda _: None,
+        seen: deque[Hashes] | None = None,
     ) -> None:
         self._access = access
         self._suspected = suspected
+        self._seen: deque[Hashes] = seen if seen is not None else deque(maxlen=0)
         self.retries = RetryBudget(settings.retry_ratio)
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads retries
         self._settings = settings
@@ -351,6 +355,7 @@ class Pipeline:
         # Of several prompts each is admitted once per copy, in any order.
         tellers = prompts or 1 if prompts < 2 or plan.request.body.get("n") in (None, 1) else 0
         self._accounting.sent(decision, worker, tellers, tolerance)
+        self._seen.append(plan.hashes)
         series.prompt_tokens.value += plan.prompt_tokens
         series.predicted.value += hit.total
 

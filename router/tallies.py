@@ -7,7 +7,7 @@ are the same. They are only touched on the event loop.
 import time
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from prometheus_client.core import Metric
@@ -72,6 +72,11 @@ class _Family(Collector, Generic[_Series]):
             series = self._series[key] = self._make()
         return series
 
+    @property
+    def series(self) -> Mapping[tuple[str, ...], _Series]:
+        """All of them, by their labels' values."""
+        return self._series
+
     def forget(self, name: str, value: str) -> None:
         """Drop every series in which label ``name`` has this value."""
         at = self._names.index(name)
@@ -108,6 +113,7 @@ class Spreads(_Family[Spread]):
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], *labels: str) -> None:
         super().__init__(name, text, labels, lambda: Spread(tuple(bounds)))
+        self.bounds = tuple(bounds)
 
     def _add(self, metric: Metric, labels: dict[str, str], series: Spread) -> None:
         below = 0

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from router.api.admin import make_admin
+from router.api.dashboard import make_page
 from router.api.openai import make_public
 from router.api.schema import describe_itself
 from router.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound
@@ -22,6 +23,8 @@ def make_rest(gateway: "Gateway") -> FastAPI:
     app = FastAPI(title="warmroute", docs_url=None, redoc_url=None, default_response_class=_Json)
     app.include_router(make_public(gateway))
     app.include_router(make_admin(gateway))
+    if gateway.settings.dashboard:
+        app.include_router(make_page())
     describe_itself(app)
 
     @app.exception_handler(ApiError)

@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from router.api.dashboard import add_data
 from router.cache_control import Operation, Options, PromptKind, control, kind_of
 from router.config import LOOPBACK, WorkerSpec
 from router.control import MAX_TTL_S
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from router.choosing import Plan, Routed
 
 
+_OWN_PAGES = frozenset({"none", "same-origin"})
+"""What a browser says of requests by its user's hand, or by a page of ours."""
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _CHUNKS = {"type": "object", "required": ["chunks"], "properties": {"chunks": {"type": "array", "items": _DIGEST}}}
 _CACHE_BODY = {
@@ -71,6 +74,8 @@ def make_admin(gateway: "Gateway") -> APIRouter:
     _add_config(router, gateway)
     _add_inspection(router, gateway)
     _add_cache(router, gateway)
+    if gateway.settings.dashboard:
+        add_data(router, gateway)
     return router
 
 
@@ -311,6 +316,9 @@ def _guard(gateway: "Gateway") -> Any:
         elif not _names_loopback(request.headers.get("host", "")):
             # A page in a browser on this machine can have its own name resolve to 127.0.0.1.
             raise Forbidden("without an admin token the admin endpoints answer to localhost only", code="admin_closed")
+        elif not gateway.settings.cors_origins and request.headers.get("sec-fetch-site", "none") not in _OWN_PAGES:
+            # A browser on this machine sends simple requests for any page, and says so.
+            raise Forbidden("without an admin token no page of another origin may do that", code="admin_closed")
 
     return guard
 
