@@ -38,7 +38,8 @@ class Gateway:
 
 
 @contextmanager
-def serve_gateway(workspace: Path, flags: Sequence[str]) -> Iterator[Gateway]:
+def serve_gateway(workspace: Path, flags: Sequence[str], *, ready: str = "/ready") -> Iterator[Gateway]:
+    """Run ``warmroute serve`` until the block ends, which begins when ``ready`` answers 200."""
     port = free_port()
     workspace.mkdir(parents=True, exist_ok=True)
     log = workspace / f"gateway-{port}.log"
@@ -47,7 +48,7 @@ def serve_gateway(workspace: Path, flags: Sequence[str]) -> Iterator[Gateway]:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     gateway = Gateway(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait_ready(gateway)
+        _wait_ready(gateway, ready)
         yield gateway
     finally:
         process.terminate()
@@ -58,13 +59,13 @@ def serve_gateway(workspace: Path, flags: Sequence[str]) -> Iterator[Gateway]:
             process.wait(timeout=5)
 
 
-def _wait_ready(gateway: Gateway, timeout: float = 60) -> None:
+def _wait_ready(gateway: Gateway, path: str, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if gateway.process.poll() is not None:
             raise AssertionError(f"the gateway ended early:\n{gateway.log.read_text()[-6000:]}")
         try:
-            if httpx.get(gateway.url + "/ready", timeout=2).status_code == 200:
+            if httpx.get(gateway.url + path, timeout=2).status_code == 200:
                 return
         except httpx.TransportError:
             pass
