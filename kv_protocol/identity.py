@@ -20,6 +20,8 @@ from kv_protocol.hashing import HASH_BYTES
 
 _ADAPTER_TAG = b"lora\0"
 _GENERATION_TAG = b"generation\0"
+MOST_GENERATION = 128
+"""Characters in the name of a generation of weights."""
 
 
 class GroupGeometry(msgspec.Struct, frozen=True):
@@ -68,3 +70,14 @@ def in_generation(identity: bytes, generation: str) -> bytes:
     if not generation:
         return identity
     return sha256(identity + _GENERATION_TAG + generation.encode()).digest()[:HASH_BYTES]
+
+
+def generation_name(text: str) -> str:
+    """A name for a generation of weights, which may not be empty.
+
+    Raises:
+        ValueError: it is no such name; the text says what is.
+    """
+    if not 0 < len(text) <= MOST_GENERATION or not text.isprintable() or text != text.strip():
+        raise ValueError(f"it must be 1 to {MOST_GENERATION} printable characters without space around them")
+    return text

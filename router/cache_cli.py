@@ -196,6 +196,38 @@ def move(
 
 
 @cache.command()
+def generation(
+    name: Annotated[str, typer.Argument(help="what the weights are called; only shown if not said")] = "",
+    *,
+    start: Annotated[bool, typer.Option("--start", help="they are those that the engines started with")] = False,
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Say what weights engines have since their last reset; those that say the same share what lies below."""
+    _run("generation", _Where(url, worker, at, token, report_token), as_json=as_json, name=name, start=start)
+
+
+@cache.command()
+def flush(
+    *,
+    newest: Annotated[int | None, typer.Option("--newest", help="the so many that were used last")] = None,
+    tier: Tier = "",
+    url: Url = GATEWAY,
+    worker: Worker = "",
+    at: At = "",
+    token: Token = "",
+    report_token: ReportToken = "",
+    as_json: Json = False,
+) -> None:
+    """Write what the CPU tier holds and the remote tier lacks there, and keep it in the CPU tier."""
+    _run("flush", _Where(url, worker, at, token, report_token), as_json=as_json, newest=newest, tier=tier)
+
+
+@cache.command()
 def stats(
     *,
     url: Url = GATEWAY,

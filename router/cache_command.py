@@ -127,6 +127,8 @@ def _show(console: Console, operation: str, entries: list[dict[str, Any]]) -> No
         _show_stats(console, entries)
     elif operation == "pins":
         _show_pins(console, entries)
+    elif operation == "generation":
+        _show_generations(console, entries)
     elif operation == "tags":
         _show_tags(console, entries)
     else:
@@ -183,6 +185,15 @@ def _show_tags(console: Console, entries: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _show_generations(console: Console, entries: list[dict[str, Any]]) -> None:
+    table = _table("worker", "weights", "changed now")
+    for entry in _answered(entries):
+        result = entry["result"]
+        name = escape(result["generation"]) or "those of the start"
+        table.add_row(entry["worker"], name, "yes" if result["changed"] else "no")
+    console.print(table)
+
+
 def _show_changes(console: Console, entries: list[dict[str, Any]]) -> None:
     answered = _answered(entries)
     names = list(dict.fromkeys(name for entry in answered for name, value in entry["result"].items() if _plain(value)))
@@ -207,7 +218,9 @@ def _table(*columns: str) -> Table:
     table = Table(header_style="bold")
     for name in columns:
         table.add_column(
-            name, justify="left" if name in ("worker", "tier", "chunk", "tag", "state") else "right", overflow="fold"
+            name,
+            justify="left" if name in ("worker", "tier", "chunk", "tag", "state", "weights") else "right",
+            overflow="fold",
         )
     return table
 

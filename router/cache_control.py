@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kv_protocol.errors import ProtocolError
 from kv_protocol.hashing import HASH_BYTES
+from kv_protocol.identity import MOST_GENERATION
 from kv_protocol.messages import TIERS, pack
 from router.errors import UNDECODABLE, InvalidRequest, NotFound
 from router.reports import call
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from router.choosing import Plan
 
 PromptKind = Literal["chat", "completions", "messages", "responses", "generate"]
-Operation = Literal["lookup", "clear", "pin", "unpin", "pins", "tags", "warm", "move", "stats"]
+Operation = Literal["lookup", "clear", "pin", "unpin", "pins", "tags", "warm", "move", "flush", "generation", "stats"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 DEADLINE_S = 5.0
 """How long one worker may take to answer."""
@@ -43,12 +44,15 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "tags": frozenset({"limit"}),
     "warm": frozenset({"newest", "seconds", "tag", "tier"}),
     "move": frozenset({"tag", "tier"}),
+    "flush": frozenset({"newest", "tier"}),
+    "generation": frozenset({"name", "start"}),
     "stats": frozenset(),
 }
 
 
 class Options(BaseModel):
-    """What may be said beside the chunks. ``seconds`` is how long a pin lasts."""
+    """What may be said beside the chunks. ``seconds`` is how long a pin lasts, ``name`` a generation of weights
+    and ``start`` that of their files."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,6 +64,8 @@ class Options(BaseModel):
     newest: int | None = Field(default=None, ge=1, le=EVERYTHING)
     limit: int | None = Field(default=None, ge=1, le=10_000)
     ask: bool | None = None
+    name: str | None = Field(default=None, min_length=1, max_length=MOST_GENERATION)
+    start: bool | None = None
 
     def arguments(self, operation: Operation) -> dict[str, Any]:
         """Those that go to workers.

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from kv_protocol.identity import generation_name
+
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*", re.IGNORECASE)
@@ -40,6 +42,12 @@ def numa_node(value: Any) -> int | None:
     if not word.isdecimal() or len(word) > 4:
         raise ValueError("it must be auto, any or the number of a node")
     return int(word)
+
+
+def generation(value: Any) -> str:
+    """What a generation of weights is called; empty for that of the files."""
+    word = str(value).strip()
+    return generation_name(word) if word else ""
 
 
 def port(value: Any) -> int:

@@ -15,13 +15,13 @@ from typing import Any, Literal, overload
 
 from kv_protocol.errors import MalformedFrame
 from kv_protocol.hashing import HASH_BYTES
+from kv_protocol.identity import generation_name
 from kv_protocol.messages import unpack
 from worker_connector.errors import ImpossibleOperation
 from worker_connector.ledger import CPU, GPU, Ledger
 from worker_connector.lookups import Lookups
 from worker_connector.lower import LowerTiers
 from worker_connector.pins import Pins
-from worker_connector.shape import generation_name
 from worker_connector.stats import Counts
 from worker_connector.tags import Tags
 
@@ -68,6 +68,7 @@ class Operations:
             "tags": self.tags,
             "warm": self.warm,
             "move": self.move,
+            "flush": self.flush,
             "generation": self.generation,
         }
 
@@ -125,7 +126,10 @@ class Operations:
                 "held_chunks": held,
                 "capacity_chunks": self._ledger.capacity,
                 "free_chunks": self._ledger.free_slots,
-                "tiers": {name: {"bandwidth": bandwidth[name], **told.get(name, {})} for name in self._lower.names},
+                "tiers": {
+                    name: {"bandwidth": bandwidth[name], "unwritten": self._lower.unwritten(name), **told.get(name, {})}
+                    for name in self._lower.names
+                },
                 "pins": pins,
                 "queued": len(self._queue) + len(self._warming),
                 "generation": self._lower.generation,
@@ -216,11 +220,11 @@ class Operations:
 
     def generation(self, arguments: Arguments) -> dict[str, Any]:
         """What the engine's weights are called. With ``name``, what others with the same weights call them too, from now on:
-        what the engine computed since its last reset is kept, shared by that name, and what others left by it is found. An
-        empty name is that of the weights that an engine starts with."""
-        _only(arguments, "name")
+        what the engine computed since its last reset is kept, shared by that name, and what others left by it is found. With
+        ``start``, they are those that it started with."""
+        _only(arguments, "name", "start")
         before = self._lower.generation
-        if (name := _name(arguments)) is not None and name != before:
+        if (name := _generation(arguments)) is not None and name != before:
             with self._ledger.lock:
                 self._lower.rename(name)
                 self._warming.clear()
@@ -282,6 +286,27 @@ class Operations:
                 "missing": len(chunks) - len(held),
                 "refused": len(held) - moving,
                 "queued": [tier] if moving else [],
+            }
+
+    def flush(self, arguments: Arguments) -> dict[str, Any]:
+        """Write the chunks of the CPU tier that a lower tier lacks to it, before all others and those used last first:
+        all of them, or the ``newest`` so many. Without a ``tier`` it is the remote one, or the slowest there is. Nothing
+        leaves the CPU tier. Asked again, it names what is still lacking; ``stats`` tells how far it is."""
+        _only(arguments, "tier", "newest")
+        tier = self._below(arguments)[-1]
+        newest = _count(arguments, "newest", 1 << 40)
+        with self._ledger.lock:
+            held = self._ledger.hottest()
+            lacking = [chunk for chunk in held if self._lower.may_hand_over(tier, chunk)][:newest]
+            if lacking:
+                self._queue_work(lambda: self._lower.hand_over(tier, lacking))
+            present = sum(tier in self._ledger.below(chunk) for chunk in held)
+            return {
+                "tier": tier,
+                "chunks": len(lacking),
+                "present": present,
+                "refused": len(held) - present - len(lacking) if len(lacking) < newest else 0,
+                "queued": [tier] if lacking else [],
             }
 
     # ---- inside -------------------------------------------------------------------------------------------------
@@ -383,9 +408,14 @@ def _flag(arguments: Arguments, name: str) -> bool:
     return value
 
 
-def _name(arguments: Arguments) -> str | None:
-    """The generation that a request names, None where it only asks."""
-    if (value := arguments.get("name")) is None:
+def _generation(arguments: Arguments) -> str | None:
+    """The generation that a request names, empty for that of the start, None where it only asks."""
+    value = arguments.get("name")
+    if _flag(arguments, "start"):
+        if value is not None:
+            raise ImpossibleOperation("start stands for a name: give one of them")
+        return ""
+    if value is None:
         return None
     if not isinstance(value, str):
         raise ImpossibleOperation(f"name is a text, not {value!r}")

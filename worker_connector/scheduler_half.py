@@ -81,6 +81,7 @@ class SchedulerHalf:
             tiers=rules_of(config) if self._layout is not None else (),
         )
 
+        self.planner.lower.generation = config.weights_generation
         self.pins = Pins(self.ledger)
         self.tags = Tags(self.ledger)
         self.planner.mark = self._mark

@@ -16,8 +16,6 @@ from worker_connector.geometry import Group
 from worker_connector.regions import SlotLayout
 from worker_connector.tier_movers import Shape
 
-MOST_GENERATION = 128
-"""Characters in the name of a generation of weights."""
 _TEXT_BYTES = 16
 _PAGE_FIELDS = ("num_heads", "num_states", "state_content_size_bytes", "head_size_v", "kv_quant_mode")
 
@@ -77,19 +75,6 @@ def _weights_of(config: ConnectorConfig, vllm_config: Any) -> str:
 def fresh_generation() -> str:
     """A name for weights that no other engine has, and this one had not before."""
     return f"reset-{uuid4().hex}"
-
-
-def generation_name(text: str) -> str:
-    """A name that operators give to a generation of weights; empty for the weights of the start.
-
-    Raises:
-        ValueError: it is too long, or has characters that do not print.
-    """
-    if len(text) > MOST_GENERATION or not text.isprintable() or text != text.strip():
-        raise ValueError(
-            f"a generation's name is up to {MOST_GENERATION} printable characters without space around them"
-        )
-    return text
 
 
 def shape_of(

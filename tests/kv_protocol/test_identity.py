@@ -3,7 +3,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kv_protocol.identity import GroupGeometry, Identity
+from kv_protocol.identity import GroupGeometry, Identity, generation_name, in_generation
 
 GROUP = GroupGeometry("full_attention", 16, 8192, 4)
 BASE = Identity("revision", "bfloat16", "LBNHC", (GROUP,))
@@ -58,3 +58,19 @@ def test_adapters_are_told_apart_by_content() -> None:
 def test_the_digest_is_the_same_everywhere() -> None:
     assert BASE.digest().hex() == "3d1e6fb98645f50dc9dc68547d47b117"
     assert BASE.digest(b"adapter").hex() == "15840c616d37bfac30d7eae4f51d2812"
+
+
+def test_generations_of_weights_have_digests_of_their_own() -> None:
+    start = BASE.digest()
+    assert in_generation(start, "") == start
+    digests = {in_generation(start, name) for name in ("", "1", "2", "lora")}
+    assert len(digests) == 4
+    assert all(len(digest) == 16 for digest in digests)
+    assert in_generation(start, "lora") != BASE.digest(b"lora")
+
+
+@pytest.mark.parametrize("name", ["", " a", "a\n", "a" * 129])
+def test_a_generation_has_a_name_that_prints(name: str) -> None:
+    with pytest.raises(ValueError, match="printable"):
+        generation_name(name)
+    assert generation_name("step 12, run é") == "step 12, run é"

@@ -252,6 +252,10 @@ def test_what_a_tier_has_already_leaves_at_the_next_step() -> None:
         ("pin", {"chunks": ["00" * 16], "second": 1}, "unknown argument 'second'"),
         ("lookup", {"chunks": [], "ask": 1}, "ask is true or false"),
         ("pins", {"limit": 1 << 30}, "limit"),
+        ("generation", {"name": 5}, "name is a text"),
+        ("generation", {"name": ""}, "1 to 128 printable"),
+        ("generation", {"name": "a\nb"}, "1 to 128 printable"),
+        ("generation", {"name": "a", "start": True}, "give one of them"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_cure(operation: str, arguments: dict[str, Any], text: str) -> None:
@@ -273,6 +277,52 @@ def test_an_engine_that_sleeps_takes_only_so_many_operations() -> None:
         control("clear", tier="disk")
     with pytest.raises(ImpossibleOperation, match="send it one"):
         control("clear", tier="disk")
+
+
+def test_what_is_refused_is_not_half_done() -> None:
+    control = Controlled()
+    control.chunks("a", 1, 3)
+    for _ in range(63):
+        control("clear", tier="disk", chunks=["00" * 16])
+    before = control.ledger.counts()
+    with pytest.raises(ImpossibleOperation, match="send it one"):
+        control("clear")
+    assert control.ledger.counts() == before
+    control.settle()
+    assert control("clear")["removed"] == 9
+
+
+def test_what_is_cleared_is_not_found_before_the_engine_steps() -> None:
+    control = Controlled(rules=TIERS[:1])
+    held = [bytes.fromhex(chunk) for chunk in control.chunks("a", 1, 3)]
+    lower = control.engine.planner.lower
+    control("clear", tier="disk", chunks=[held[0].hex()])
+    assert lower.may_be_found("disk", held) == held[1:]
+    control("clear", tier="disk")
+    assert lower.may_be_found("disk", held) == []
+    control.ledger.stored("disk", held)  # by who looked before
+    assert lower.promote("disk", held) == 0
+    control.settle()
+    assert lower.may_be_found("disk", held) == held
+    assert not control.engine.chunks_in("disk")
+
+
+def test_weights_are_named_and_their_chunks_are_shared_by_that_name() -> None:
+    control = Controlled(rules=TIERS[:1])
+    held = control.chunks("a", 1, 3)
+    assert control("generation") == {"generation": "", "changed": False}
+    assert control("generation", name="step 7") == {"generation": "step 7", "changed": True}
+    assert control("generation", name="step 7")["changed"] is False
+    assert control("stats")["generation"] == "step 7"
+    assert control.ledger.counts() == {"gpu": 0, "cpu": 3, "disk": 0}
+    control.settle()
+    assert control.ledger.counts()["disk"] == 3
+    assert len(control.engine.stores["disk"]) == 6, "of both names"
+    control("clear", tier="disk")
+    control("generation", start=True)
+    control.settle()
+    assert len(control.engine.stores["disk"]) == 6, "what was to be cleared had another name"
+    assert control("lookup", chunks=held) == {chunk: ["cpu", "disk"] for chunk in held}
     control.settle()
     assert control("clear", tier="disk")["queued"] == ["disk"]
 
@@ -350,3 +400,40 @@ def test_random_operations_among_random_requests_keep_every_invariant(seed: int)
     control.settle()
     control("unpin")
     control.step()
+
+
+def test_flush_writes_what_the_shared_tier_lacks_the_hottest_first() -> None:
+    controlled = Controlled(rules=(TierRules(name="remote", writes="back"),), slots=24)
+    cold = controlled.chunks("a", 1, 4)
+    hot = controlled.chunks("b", 2, 4)
+    controlled.settle()
+    assert controlled("stats")["held_chunks"]["remote"] == 0
+    answer = controlled("flush")
+    assert answer == {"tier": "remote", "chunks": 8, "present": 0, "refused": 0, "queued": ["remote"]}
+    assert controlled.is_awake()
+    controlled.step()
+    written = [controlled.ledger.content()["remote"]]
+    while controlled("stats")["tiers"]["remote"]["unwritten"] or not written[-1]:
+        controlled.step()
+        written.append(controlled.ledger.content()["remote"])
+    order = [chunk.hex() for chunk in written[-1]]
+    assert set(order) == {*cold, *hot}
+    assert set(order[:4]) == set(hot), "what was used last is written first"
+    assert controlled("stats")["held_chunks"]["cpu"] == 8, "nothing leaves"
+    again = controlled("flush", tier="remote")
+    assert (again["chunks"], again["present"], again["queued"]) == (0, 8, [])
+
+
+def test_flush_of_the_newest_writes_no_more() -> None:
+    controlled = Controlled(rules=(TierRules(name="remote", writes="none"),), slots=24)
+    controlled.chunks("a", 1, 4)
+    hot = controlled.chunks("b", 2, 4)
+    controlled("flush", newest=2)
+    controlled.settle()
+    held = {chunk.hex() for chunk in controlled.ledger.content()["remote"]}
+    assert held == set(hot[:2]), "the beginning of what was used last"
+
+
+def test_flush_needs_a_lower_tier() -> None:
+    with pytest.raises(ImpossibleOperation, match="no lower tier"):
+        Controlled(rules=())("flush")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from worker_connector.chunk_object import HEADER_BYTES, Codec, Section
 from worker_connector.errors import StoreUnavailable
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
-from worker_connector.lookups import Lookups
+from worker_connector.lookups import Always, Lookups
 from worker_connector.lower import TierRules
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.tier_movers import Shape, Tier, TierMovers
@@ -36,9 +37,9 @@ class Rig:
         )
         self._job = 0
 
-    def run(self, kind: str, pieces: list[Piece], deadline: float = 5.0) -> TierResult:
+    def run(self, kind: str, pieces: list[Piece], deadline: float = 5.0, generation: str = "") -> TierResult:
         self._job += 1
-        self.movers.submit([TierJob(self._job, "disk", kind, pieces, deadline)])  # type: ignore[arg-type]
+        self.movers.submit([TierJob(self._job, "disk", kind, pieces, deadline, generation)])  # type: ignore[arg-type]
         until(lambda: self.movers.has_results)
         (result,) = self.movers.take().values()
         return result
@@ -175,7 +176,7 @@ def ledger() -> Ledger:
     return made
 
 
-def look(ledger: Ledger, store: Store, shapes: list[Shape], **options: float) -> Lookups:
+def look(ledger: Ledger, store: Store, shapes: list[Shape], **options: Any) -> Lookups:
     return Lookups(
         ledger,
         {"disk": store},
@@ -223,6 +224,59 @@ def test_questions_are_answered_for_all_ranks_together(rig: Rig, tmp_path: Path,
     assert set(ledger.content()["disk"]) == set(CHUNKS[:2])
     single.close()
     other.movers.close()
+
+
+class Scope(Always):
+    generation = "of others"
+
+    def may_be_found(self, _tier: str, chunks: Iterable[bytes]) -> list[bytes]:
+        return [chunk for chunk in chunks if chunk != CHUNKS[1]]
+
+
+def test_jobs_and_look_ups_keep_to_their_generation(rig: Rig, tmp_path: Path, ledger: Ledger) -> None:
+    scope, all_of_them = Scope(), [Piece(chunk, 0) for chunk in CHUNKS[:3]]
+    rig.run("write", all_of_them, generation="1")
+    assert rig.run("fetch", all_of_them).failed == dict.fromkeys(CHUNKS[:3], "missing")
+    assert rig.run("fetch", [Piece(CHUNKS[2], 3)], generation="1").failed == {}
+    assert rig.slot(3) == rig.slot(0)
+    assert rig.run("drop", []).failed == {}
+    assert len(objects(tmp_path / "cache")) == 3
+    lookups = look(ledger, fresh_store(tmp_path), [SHAPE], timeout=5.0, scope=scope)
+    until(lambda: lookups.scanned)
+    assert not ledger.content()["disk"]
+    scope.generation = "1"
+    question = lookups.ask(CHUNKS)
+    until(lambda: not question.pending)
+    assert set(ledger.content()["disk"]) == {CHUNKS[0], CHUNKS[2]}
+    ledger.cleared("disk")
+    lookups.list_again()
+    until(lambda: set(ledger.content()["disk"]) == {CHUNKS[0], CHUNKS[2]})
+    lookups.close()
+    rig.run("drop", [], generation="1")
+    assert not objects(tmp_path / "cache")
+
+
+def test_an_answer_that_comes_in_another_generation_is_not_put_on_record(
+    rig: Rig, tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.run("write", [Piece(chunk, 0) for chunk in CHUNKS])
+    scope, store = Scope(), fresh_store(tmp_path)
+    scope.generation = ""
+    exists = store.exists
+
+    def late(keys: Sequence[str], deadline: float) -> list[Outcome]:
+        found = exists(keys, deadline)
+        scope.generation = "1"
+        ledger.cleared("disk")
+        return found
+
+    monkeypatch.setattr(store, "exists", late)
+    lookups = look(ledger, store, [SHAPE], timeout=5.0, scope=scope)
+    until(lambda: lookups.scanned)
+    question = lookups.ask(CHUNKS)
+    until(lambda: not question.pending)
+    assert not ledger.content()["disk"]
+    lookups.close()
 
 
 def test_a_question_does_not_wait_for_a_store_that_hangs(
