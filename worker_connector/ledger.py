@@ -412,6 +412,12 @@ class Ledger:
         with self.lock:
             return [chunk for chunk, _ in zip(reversed(self._lower[tier]), range(most), strict=False)]
 
+    def hottest(self) -> list[bytes]:
+        """The visible chunks of the cpu tier, those that would be evicted last first. O(chunks)."""
+        with self.lock:
+            chunks = reversed(self._policy.order())
+            return [chunk for chunk in chunks if (slot := self.lookup(chunk)) is not None and not slot.hidden]
+
     @property
     def free_slots(self) -> int:
         """Slots that nothing has to be evicted for."""

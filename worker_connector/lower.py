@@ -124,6 +124,7 @@ class LowerTiers:
         self._unwritten: dict[str, OrderedDict[bytes, Slot]] = {name: OrderedDict() for name in self._tiers}
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
+        self._urgent: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._paused: dict[str, float] = {}
         self.generation = ""
         self._emptying: dict[str, int] = {}
@@ -255,6 +256,7 @@ class LowerTiers:
         if len(unwritten) > 2 * self._ledger.capacity + _SLACK:
             for slot in [slot for slot in unwritten.values() if slot.forgotten]:
                 del unwritten[slot.chunk]
+                self._urgent[tier].discard(slot.chunk)
                 self._leave(tier, slot)
 
     def _is_too_exact(self, tier: str, slot: Slot) -> bool:
@@ -267,11 +269,14 @@ class LowerTiers:
         under_way = sum(job.job.tier == tier and job.job.kind == "write" for job in self._jobs.values())
         if under_way >= min(WRITES_AT_ONCE, max(1, self._ledger.capacity // (2 * len(self._tiers)))):
             return False
-        return self._writes_now(tier) or bool(self._leaving[tier])
+        return self._writes_now(tier) or bool(self._leaving[tier] or self._urgent[tier])
 
     def _writes_now(self, tier: str) -> bool:
         """Whether chunks that nobody asked to move are written: with write-back, when slots run short."""
         return self._tiers[tier].writes != "back" or self._ledger.free_slots < max(1, self._ledger.capacity // 4)
+
+    def _is_asked_for(self, tier: str, chunk: bytes) -> bool:
+        return chunk in self._leaving[tier] or chunk in self._urgent[tier]
 
     def _write(self, tier: str) -> None:
         """Plan one job of writes, of the chunks that came in first. Half of the slots stay unpinned."""
@@ -280,9 +285,10 @@ class LowerTiers:
         pairs: list[tuple[Piece, Slot]] = []
         all_of_them = self._writes_now(tier)
         while unwritten and len(pairs) < room:
-            if not all_of_them and next(iter(unwritten)) not in self._leaving[tier]:
-                break  # those that move come first
+            if not (all_of_them or self._is_asked_for(tier, next(iter(unwritten)))):
+                break  # those that move or are handed over come first
             chunk, slot = unwritten.popitem(last=False)
+            self._urgent[tier].discard(chunk)
             if slot.forgotten or slot.state is not SlotState.READY or tier in self._ledger.below(chunk):
                 self._leave(tier, slot)
                 continue
@@ -339,6 +345,7 @@ class LowerTiers:
             self._dropping[tier].update(dict.fromkeys(chunks, number))
         else:
             self._unwritten[tier].clear()
+            self._urgent[tier].clear()
             self._leaving[tier] &= self._writing[tier]
             self._emptying[tier] = number
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
@@ -355,6 +362,7 @@ class LowerTiers:
         for name in self._tiers:
             self._ledger.cleared(name)
             self._unwritten[name].clear()
+            self._urgent[name].clear()
             self._leaving[name] &= self._writing[name]
             self._dropping[name].clear()
         self._emptying.clear()
@@ -392,6 +400,27 @@ class LowerTiers:
                 self._unwritten[tier].move_to_end(chunk, last=False)
         return leaving
 
+    def may_hand_over(self, tier: str, chunk: bytes) -> bool:
+        """Whether a lower tier lacks a chunk of the CPU tier that may be written there. O(tiers)."""
+        slot = self._ledger.lookup(chunk)
+        if slot is None or slot.hidden or slot.confined or not self._may_save or self._is_too_exact(tier, slot):
+            return False
+        return tier not in self._ledger.below(chunk)
+
+    def hand_over(self, tier: str, chunks: Sequence[bytes]) -> None:
+        """Write chunks of the CPU tier to a lower tier before all others, the first of them first, whenever chunks are
+        written there otherwise. Nothing leaves the CPU tier."""
+        for chunk in reversed(chunks):
+            slot = self._ledger.lookup(chunk)
+            if slot is not None and chunk not in self._writing[tier] and self.may_hand_over(tier, chunk):
+                self._urgent[tier].add(chunk)
+                self._unwritten[tier][chunk] = slot
+                self._unwritten[tier].move_to_end(chunk, last=False)
+
+    def unwritten(self, tier: str) -> int:
+        """Chunks handed over that are not there yet, and all that are being written. O(1)."""
+        return len(self._urgent[tier]) + len(self._writing[tier])
+
     def check(self) -> None:
         """Assert every invariant."""
         self.fetches.check()
@@ -403,6 +432,7 @@ class LowerTiers:
             assert known or name in self._empty_again, "a tier is barred for ever"
             dropping = set(self._dropping[name].values()) - {_ANNOUNCED}
             assert dropping <= self._jobs.keys(), "a chunk is barred for ever"
+            assert self._urgent[name] <= self._unwritten[name].keys(), "a chunk is urgent and is not to be written"
             assert self._leaving[name] <= chunks | self._unwritten[name].keys(), "a chunk leaves without being written"
 
     # ---- inside -------------------------------------------------------------------------------------------------

@@ -585,3 +585,23 @@ def test_priorities_against_a_plain_queue(calls: list[tuple[str, int, int]]) -> 
         first = min(queue, key=lambda each: levels[each], default=None)
         assert made.victim() == (None if first is None else name(first))
         assert all(made.level(name(each)) == level for each, level in levels.items())
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@given(moves=st.lists(st.tuples(st.sampled_from(["add", "touch", "hold", "release", "discard"]), st.integers(0, 12))))
+@settings(max_examples=60, deadline=None)
+def test_order_names_every_chunk_once_and_the_victim_early(name: str, moves: list[tuple[str, int]]) -> None:
+    for policy in (POLICIES[name](), Prioritised(POLICIES[name]), Expiring(POLICIES[name]())):
+        held, there = set[bytes](), set[bytes]()
+        for move, number in moves:
+            chunk = bytes([number])
+            getattr(policy, move)(chunk)
+            there = there | {chunk} if move == "add" else there - {chunk} if move == "discard" else there
+            if move == "hold":
+                held |= {chunk} & there
+            elif move in ("release", "discard"):
+                held.discard(chunk)
+        order = policy.order()
+        assert len(order) == len(set(order))
+        assert set(order) == there
+        assert set(order[len(order) - len(held) :]) == held, "held chunks are the last"

@@ -82,6 +82,9 @@ class AdaptiveReplacement:
         self._named = next(iter(first), None) or next(iter(second), None)
         return self._named
 
+    def order(self) -> list[bytes]:
+        return [*self._recent, *self._frequent, *self._held]
+
     def check(self) -> None:
         chunks = [*self._held, *self._recent, *self._frequent]
         assert len(chunks) == len(set(chunks)), "a chunk is in two queues"

@@ -32,5 +32,8 @@ class EvictionPolicy(Protocol):
     def victim(self) -> bytes | None:
         """The chunk to evict next, the same until something changes; None when every chunk is held."""
 
+    def order(self) -> list[bytes]:
+        """Every chunk, about in the order they would go in if nothing were used any more; held ones last. O(chunks)."""
+
     def check(self) -> None:
         """Assert every invariant. O(chunks)."""

@@ -106,6 +106,10 @@ class Expiring:
         expired = self.expired()
         return expired[0] if expired else self._policy.victim()
 
+    def order(self) -> list[bytes]:
+        expired = set(self.expired(len(self._expiry)))
+        return [chunk for chunk in self._policy.order() if chunk not in expired]
+
     def check(self) -> None:
         self._policy.check()
         self._expiry.check()

@@ -57,6 +57,10 @@ class LeastFrequentlyUsed:
         self._named = next(iter(self._ranks.peekitem(0)[1])) if self._ranks else None
         return self._named
 
+    def order(self) -> list[bytes]:
+        placed = [chunk for chunks in self._ranks.values() for chunk in chunks]
+        return placed + sorted(self._held, key=lambda chunk: self._held[chunk])
+
     def check(self) -> None:
         filed = {chunk: rank for rank, chunks in self._ranks.items() for chunk in chunks}
         assert filed == self._rank, "a chunk is filed under another rank"

@@ -40,6 +40,9 @@ class FirstInFirstOut:
     def victim(self) -> bytes | None:
         return next(iter(self._order), None)
 
+    def order(self) -> list[bytes]:
+        return [*self._order, *self._held]
+
     def check(self) -> None:
         assert self._held.isdisjoint(self._order), "a held chunk may be evicted"
 

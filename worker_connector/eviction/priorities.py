@@ -71,6 +71,9 @@ class Prioritised:
                 return chunk
         return None
 
+    def order(self) -> list[bytes]:
+        return [chunk for level in (LOW, NORMAL, HIGH) for chunk in self._orders[level].order()]
+
     def check(self) -> None:
         for order in self._orders.values():
             order.check()

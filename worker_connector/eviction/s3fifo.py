@@ -70,6 +70,11 @@ class S3Fifo:
         self._named = self._next()
         return self._named
 
+    def order(self) -> list[bytes]:
+        stays = [(uses >= _USES_TO_STAY, uses, chunk) for chunk, uses in self._small.items()]
+        stays += [(True, uses, chunk) for chunk, uses in self._main.items()]
+        return [*(chunk for *_, chunk in sorted(stays, key=lambda item: item[:2])), *self._held]
+
     def check(self) -> None:
         chunks = [*self._held, *self._small, *self._main]
         assert len(chunks) == len(set(chunks)), "a chunk is in two queues"

@@ -60,6 +60,9 @@ class Sieve:
             self._used.remove(chunk)
             self._hand = self._ring.newer(self._hand)
 
+    def order(self) -> list[bytes]:
+        return [*sorted(self._ring, key=self._used.__contains__), *self._held]
+
     def check(self) -> None:
         self._ring.check()
         assert self._held.isdisjoint(self._ring.places), "a held chunk may be evicted"
