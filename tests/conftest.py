@@ -2,15 +2,34 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.support.engine import Engine, serve_engine
+from tests.support.files import has_engines
 
 # How long one example takes says something about the machine, and nothing about the code.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: tests with real engines stay with one process, whatever else the others do."""
+    from tests.support.dealing import make_scheduler
+
+    return make_scheduler(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("engine") and not has_engines(item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} starts an engine: move it to a file *_engine.py, or below e2e")
+    if hasattr(config, "workerinput"):
+        # What takes longest, and cannot be divided, begins first.
+        items.sort(key=lambda item: not has_engines(item.nodeid))
 
 
 @pytest.fixture(scope="session")

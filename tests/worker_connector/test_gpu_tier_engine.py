@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,25 @@ def _run(code: list[str], runtime: Path, **environment: str) -> Any:
     return json.loads(line)
 
 
-def test_the_reported_gpu_tier_is_what_the_engine_holds(small_model: str, tmp_path: Path) -> None:
-    found = _run(
-        ["-m", "tests.worker_connector.gpu_tier_engine", small_model], tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0"
-    )
+@pytest.fixture(scope="module")
+def programs(small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
+    """What two programs printed, each with an engine: at once, since most of a start keeps one core busy."""
+    program = tmp_path_factory.mktemp("program") / "program.py"
+    program.write_text(_PROGRAM)
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    commands = {
+        "held": (["-m", "tests.worker_connector.gpu_tier_engine", small_model], one_process),
+        "figures": ([str(program), small_model], {"PYTHONPATH": str(ROOT)}),
+    }
+    with ThreadPoolExecutor(len(commands)) as pool:
+        yield {
+            name: pool.submit(_run, code, tmp_path_factory.mktemp(name), **environment)
+            for name, (code, environment) in commands.items()
+        }
+
+
+def test_the_reported_gpu_tier_is_what_the_engine_holds(programs: dict[str, Future[Any]]) -> None:
+    found = programs["held"].result()
     assert [each for each in found["rounds"] if not each[3]] == []
     assert found["evicted"] > 0, "the pool was meant to overflow"
     assert found["reset"]
@@ -51,7 +68,7 @@ def test_the_reported_gpu_tier_is_what_the_engine_holds(small_model: str, tmp_pa
     assert held["before the reset"] > 0
     assert held["after the reset, without a step"] == 0
     assert held["after the reset"] > 0
-    assert found["cleared_seconds"] < 2
+    assert found["cleared_seconds"] < 10
     assert found["figures"]["engines"] == 1
     assert 0 < found["figures"]["hit_rate"] < 1
 
@@ -73,10 +90,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_program_reads_the_figures_of_its_engine_process(small_model: str, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(_PROGRAM)
-    figures = _run([str(program), small_model], tmp_path, PYTHONPATH=str(ROOT))
+def test_a_program_reads_the_figures_of_its_engine_process(programs: dict[str, Future[Any]]) -> None:
+    figures = programs["figures"].result()
     assert figures["engines"] == 1
     assert figures["requests"] == 3
     # Twice the whole prompt came from the CPU tier, but for its last token, which is always computed.

@@ -1,5 +1,6 @@
 """Encoded tiers under a real engine: exact ones change no token, lossy ones serve and say so."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,31 +30,46 @@ def test_exact_tiers_give_the_same_tokens_and_lossy_ones_are_kept_apart(small_mo
     disk, remote, other = tmp_path / "disk", tmp_path / "remote", tmp_path / "other"
     remote.mkdir()
     other.mkdir()
-    settings = {"disk_path": str(disk), "disk_codec": "exp12", "remote_url": f"file://{remote}", "cpu_bytes": 64 << 20}
-    with EngineProcess(small_model, tmp_path, "exact", settings, {"dtype": "bfloat16"}) as engine:
-        (cold,) = engine.serve(prompt(1, LONG))
-        engine.lose()
-        assert codecs_in(disk) == {"exp12"}
-        assert codecs_in(remote) == {"raw"}
-        (encoded,) = engine.serve(prompt(1, LONG))
-        empty(disk)
-        engine.lose()
-        (raw,) = engine.serve(prompt(1, LONG))
-        engine.call("settle")
-        assert (cold["cached"], encoded["cached"], raw["cached"]) == (0, LONG // CHUNK * CHUNK, LONG // CHUNK * CHUNK)
-        assert encoded["tokens"] == raw["tokens"]
-        assert not engine.lines("approximate")
+    settings = {"disk_codec": "exp12", "cpu_bytes": 64 << 20}
+    exactly = {**settings, "disk_path": str(disk), "remote_url": f"file://{remote}"}
+    spare = tmp_path / "spare"
+    lossily = {**settings, "disk_path": str(spare), "remote_url": f"file://{other}", "remote_codec": "fp8+zstd"}
+    with ExitStack() as stack:
+        # Side by side: most of a start keeps one core busy.
+        exact, lossy = (
+            EngineProcess(small_model, tmp_path, name, each, {"dtype": "bfloat16"})
+            for name, each in (("exact", exactly), ("lossy", lossily))
+        )
+        stack.callback(exact.close)
+        stack.callback(lossy.close)
+        exact_tiers(exact.wait_ready(), disk, remote)
+        lossy_tiers(lossy.wait_ready(), spare, other)
+
+
+def exact_tiers(engine: EngineProcess, disk: Path, remote: Path) -> None:
+    (cold,) = engine.serve(prompt(1, LONG))
+    engine.lose()
+    assert codecs_in(disk) == {"exp12"}
+    assert codecs_in(remote) == {"raw"}
+    (encoded,) = engine.serve(prompt(1, LONG))
     empty(disk)
-    lossy = {**settings, "remote_url": f"file://{other}", "remote_codec": "fp8+zstd"}
-    with EngineProcess(small_model, tmp_path, "lossy", lossy, {"dtype": "bfloat16"}) as engine:
-        engine.serve(prompt(1, LONG))
-        engine.lose()
-        assert codecs_in(other) == {"fp8+zstd"}
-        empty(disk)
-        (answer,) = engine.serve([*prompt(1, LONG), *prompt(2, LONG)])
-        engine.lose()
-        assert answer["cached"] == LONG // CHUNK * CHUNK
-        assert engine.stats()["tiers"]["remote"]["load_chunks"] == LONG // CHUNK
-        assert not objects(disk), "what was computed on lossy chunks is no exact copy"
-        assert len(objects(other)) >= 2 * LONG // CHUNK
-        assert len(engine.lines("Tier remote keeps chunks as fp8+zstd", "approximate")) == 1
+    engine.lose()
+    (raw,) = engine.serve(prompt(1, LONG))
+    engine.call("settle")
+    assert (cold["cached"], encoded["cached"], raw["cached"]) == (0, LONG // CHUNK * CHUNK, LONG // CHUNK * CHUNK)
+    assert encoded["tokens"] == raw["tokens"]
+    assert not engine.lines("approximate")
+
+
+def lossy_tiers(engine: EngineProcess, disk: Path, other: Path) -> None:
+    engine.serve(prompt(1, LONG))
+    engine.lose()
+    assert codecs_in(other) == {"fp8+zstd"}
+    empty(disk)
+    (answer,) = engine.serve([*prompt(1, LONG), *prompt(2, LONG)])
+    engine.lose()
+    assert answer["cached"] == LONG // CHUNK * CHUNK
+    assert engine.stats()["tiers"]["remote"]["load_chunks"] == LONG // CHUNK
+    assert not objects(disk), "what was computed on lossy chunks is no exact copy"
+    assert len(objects(other)) >= 2 * LONG // CHUNK
+    assert len(engine.lines("Tier remote keeps chunks as fp8+zstd", "approximate")) == 1
