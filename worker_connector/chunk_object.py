@@ -366,13 +366,22 @@ def open_object(block: Buffer, room: Buffer, expected: Expected, size: int, now:
     """
     header = read_header(block)
     verify(header, expected, size, now)
+    unpack_in_place(header, room)
+    return header
+
+
+def unpack_in_place(header: Header, room: Buffer) -> None:
+    """Turn the payload in ``room``, whose header was verified, into its packed form, as ``open_object`` does.
+
+    Raises:
+        BadObject: the payload is damaged.
+    """
     view = memoryview(room).cast("B")
     if view.nbytes < header.packed_bytes:
         raise BadObject(Check.SIZES, f"the room has {view.nbytes} bytes, the packed form {header.packed_bytes}")
     packed = unpack(header, view)
     if header.codec.compression is not Compression.NONE:
         np.copyto(np.frombuffer(view[: header.packed_bytes], np.uint8), np.frombuffer(packed, np.uint8))
-    return header
 
 
 def _verify_key(found: ObjectKey, wanted: ObjectKey) -> None:
@@ -434,8 +443,8 @@ def _parsed(view: memoryview, fields: _Fields) -> Header:
         raise BadObject(Check.FIELDS, f"it has {fields.sections} sections")
     end = _SECTIONS_AT + fields.sections * _SECTION.size
     rows = list(_SECTION.iter_unpack(view[_SECTIONS_AT:end]))
-    unused = any(view[_FIELDS.size : _SECTIONS_AT]) or any(view[end:_CHECKSUM_AT]) or fields.reserved
-    if unused or any(row[1] or row[6] for row in rows):
+    unused = view[_FIELDS.size : _SECTIONS_AT].tobytes() + view[end:_CHECKSUM_AT].tobytes()
+    if unused.strip(b"\0") or fields.reserved or any(row[1] or row[6] for row in rows):
         raise BadObject(Check.FIELDS, "a reserved field is not zero")
     try:
         header = _header(fields, tuple(Section(row[0], *row[2:6]) for row in rows))

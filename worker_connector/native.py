@@ -71,6 +71,7 @@ _log = logging.getLogger("vllm.warmroute.native")
 
 ABI_VERSION = 1
 
+_OWN_FOLDER = str(Path(__file__).parent.absolute() / "lib")
 _SPAN = Struct("=QQiiii")
 
 
@@ -166,9 +167,14 @@ def library(backend: str) -> Library:
     Raises:
         NativeUnavailable: it is missing, or cannot work here.
     """
-    folder = os.environ.get("WARMROUTE_NATIVE_DIR") or str(Path(__file__).parent / "lib")
+    folder = os.environ.get("WARMROUTE_NATIVE_DIR") or _OWN_FOLDER
     # Absolute: a name without a slash would be looked for in the system's folders.
-    return _loaded(backend, Path(folder).absolute() / f"libwarmroute_{backend}.so")
+    return _loaded_from(backend, folder if folder[0] == "/" else str(Path(folder).absolute()))
+
+
+@cache
+def _loaded_from(backend: str, folder: str) -> Library:
+    return _loaded(backend, Path(folder) / f"libwarmroute_{backend}.so")
 
 
 @cache

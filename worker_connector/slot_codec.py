@@ -7,7 +7,8 @@ that are lacking, are zero.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ _ENCODED = tuple(encoding for encoding in Encoding if encoding is not Encoding.R
 
 
 class SlotCodec:
-    """The encodings that suit a geometry. Threads may use it at the same time: each has a native context of its own, which
-    takes one thread of a processor. ``close`` ends them, when no thread uses it any more."""
+    """The encodings that suit a geometry. Threads may use it at the same time: each call has a native context to itself, and
+    there are as many as there were calls at once. ``close`` ends them, when no thread uses it any more."""
 
     def __init__(self, geometry: SlotGeometry) -> None:
         self.geometry = geometry
@@ -36,7 +37,7 @@ class SlotCodec:
             if size >= geometry.payload_bytes:
                 del self.packed_bytes[encoding]
                 self.reasons[encoding] = f"{size} bytes would take the place of {geometry.payload_bytes}"
-        self._local = threading.local()
+        self._lock = threading.Lock()
         self._contexts: list[Context] = []
 
     def _why_not(self, encoding: Encoding) -> str | None:
@@ -64,7 +65,8 @@ class SlotCodec:
             Incompressible: exp12 cannot hold it; what was written is undefined.
             NativeError: something does not fit, or the library failed.
         """
-        self._move(slot, missing, encoding, out, self._context().gather)
+        with self._context() as context:
+            self._move(slot, missing, encoding, out, context.gather)
         room = np.frombuffer(out, np.uint8)
         for part, start, size in self._packed(encoding):
             lacking = _lacking(missing, part)
@@ -78,7 +80,8 @@ class SlotCodec:
         Raises:
             NativeError: no encoder writes such bytes, or the library failed; the slot's content is undefined.
         """
-        self._move(slot, missing, encoding, packed, self._context().scatter)
+        with self._context() as context:
+            self._move(slot, missing, encoding, packed, context.scatter)
         room = np.frombuffer(slot, np.uint8)
         for gap in self.geometry.gaps:
             _zero(room, gap)
@@ -116,11 +119,16 @@ class SlotCodec:
             yield part, at, size
             at += size
 
-    def _context(self) -> Context:
-        if not hasattr(self._local, "context"):
-            self._local.context = Context("cpu", threads=1)
-            self._contexts.append(self._local.context)
-        return self._local.context  # type: ignore[no-any-return]
+    @contextmanager
+    def _context(self) -> Iterator[Context]:
+        with self._lock:
+            context = self._contexts.pop() if self._contexts else None
+        context = context or Context("cpu", threads=1)
+        try:
+            yield context
+        finally:
+            with self._lock:
+                self._contexts.append(context)
 
 
 def _part_bytes(encoding: Encoding, part: Part) -> int:

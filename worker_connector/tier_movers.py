@@ -1,18 +1,22 @@
 """The worker half of the lower tiers: moves whole chunks between slots and stores, and decides nothing.
 
 Each tier has one thread that fetches and one that writes; the stores read and write in parallel behind them. What is
-fetched is verified in its slot before it is reported; a copy that is bad is handed to ``discard``. Every job is answered
-exactly once, its time limit after its turn came at the latest, and after the answer nothing touches its slots any more.
+fetched is verified in its slot before it is reported, by the store's thread that read it, while others still read; a copy
+that is bad is handed to ``discard``. Every job is answered exactly once, its time limit after its turn came at the latest,
+and after the answer nothing touches its slots any more.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
+
+import numpy as np
 
 from kv_protocol.identity import in_generation
 from worker_connector.chunk_object import (
@@ -24,10 +28,10 @@ from worker_connector.chunk_object import (
     ObjectKey,
     Sealed,
     Section,
-    open_object,
     read_header,
     seal,
     unpack,
+    unpack_in_place,
     verify,
 )
 from worker_connector.codecs import LOSSLESS
@@ -46,8 +50,8 @@ from worker_connector.slot_codec import SlotCodec
 from worker_connector.tiers.base import Outcome, Sink, Source, Status, Store, pages
 from worker_connector.tiers.said import Said
 
-BATCH_PIECES = 16
-"""Objects per call of a store: so many headers are in memory at once."""
+BATCH_PIECES = 128
+"""Objects per call of a store: so many headers are in memory at once. Between two calls a store has nothing to do."""
 MADE_BYTES = 64 << 20
 """Payloads that are encoded or compressed ahead of a call of a store, unless that is less than four."""
 _OF_USE_TO_OTHERS = frozenset({Check.CODEC, Check.LAYOUT})
@@ -110,6 +114,24 @@ class Tier:
     ttl: int = 0
 
 
+class _Examination:
+    """What is to become of an object that is fetched into ``block`` and ``room``."""
+
+    def __init__(self, movers: "TierMovers", name: str, chunk: bytes, room: memoryview) -> None:
+        self.block = bytearray(HEADER_BYTES)
+        self.room = room
+        self._movers = movers
+        self._name = name
+        self._chunk = chunk
+
+    def examine(self, size: int) -> Header | Exception:
+        """The header of an object that may be used, or why it may not."""
+        try:
+            return self._movers.open(self._name, self._chunk, self.block, self.room, size)
+        except Exception as error:  # noqa: BLE001 - told on the tier's thread, whatever it is
+            return error
+
+
 class TierMovers:
     """``slots`` is the slab's memory, ``slot_bytes`` each; it must outlive this object. ``slot_codec`` has the encodings that
     suit this engine, None where only raw chunks are read and written; it is closed with this object.
@@ -139,6 +161,7 @@ class TierMovers:
         }
         self._unread: set[str] = set()
         self._rooms: dict[tuple[str, int], bytearray] = {}
+        self._spare: list[bytearray] = []
         self._tiers = dict(tiers)
         self._slots = slots
         self._slot_bytes = slot_bytes
@@ -258,48 +281,69 @@ class TierMovers:
 
     def _fetch(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         store = self._tiers[name].store
-        headers = [bytearray(HEADER_BYTES) for _ in pieces]
-        rooms = [self._slot(piece.slot) for piece in pieces]
         keys = [str(self._shape.key(piece.chunk)) for piece in pieces]
-        sinks = [Sink(header, room) for header, room in zip(headers, rooms, strict=True)]
+        examinations = [_Examination(self, name, piece.chunk, self._slot(piece.slot)) for piece in pieces]
+        sinks = [Sink(each.block, each.room, examine=each.examine) for each in examinations]
         try:
             outcomes = store.get(keys, sinks, deadline)
         finally:
             for sink in sinks:
                 sink.end()
         bad: dict[str, str] = {}
-        for piece, key, outcome, header, room in zip(pieces, keys, outcomes, headers, rooms, strict=True):
+        for piece, key, outcome, sink, each in zip(pieces, keys, outcomes, sinks, examinations, strict=True):
             if not outcome.ok:
                 result.failed[piece.chunk] = _cause(outcome)
                 continue
-            try:
-                found = self._open(name, piece.chunk, header, room, outcome.size)
-            except BadObject as error:
-                result.failed[piece.chunk] = self._fault(name, error)
-                if error.check not in _OF_USE_TO_OTHERS:
-                    bad[key] = str(error)
-                continue
-            _accept(result, piece.chunk, found)
+            found = sink.finding or each.examine(outcome.size)
+            if isinstance(found, Header):
+                _accept(result, piece.chunk, found)
+            elif isinstance(found, BadObject):
+                result.failed[piece.chunk] = self._fault(name, found)
+                if found.check not in _OF_USE_TO_OTHERS:
+                    bad[key] = str(found)
+            elif isinstance(found, Exception):
+                raise found
         if bad:
             self._discard(store, bad)
 
-    def _open(self, name: str, chunk: bytes, block: bytearray, room: memoryview, size: int) -> Header:
-        """The header of an object that was read into ``block`` and ``room``, which is then its slot's raw content."""
+    def open(self, name: str, chunk: bytes, block: bytearray, room: memoryview, size: int) -> Header:
+        """The header of an object that was read into ``block`` and ``room``, which is then its slot's raw content. On any
+        thread.
+
+        Raises:
+            BadObject: nothing of it may be used.
+        """
         wanted = self._shape.wanted(chunk, self._readable[name])
         header = read_header(block)
-        if header.codec.encoding is Encoding.RAW or self._codec is None:
-            return open_object(block, room, wanted, size)
         verify(header, wanted, size)
+        if header.codec.encoding is Encoding.RAW or self._codec is None:
+            unpack_in_place(header, room)
+            return header
         packed = unpack(header, room)
-        if header.codec.compression is Compression.NONE:
-            aside = self._room(f"{name} fetch", 0, header.packed_bytes)
-            aside[:] = packed
-            packed = aside
         try:
-            self._codec.decode(packed, room, _lacking(header), header.codec.encoding)
+            if header.codec.compression is not Compression.NONE:
+                self._codec.decode(packed, room, _lacking(header), header.codec.encoding)
+            else:
+                with self._aside(packed) as aside:
+                    self._codec.decode(aside, room, _lacking(header), header.codec.encoding)
         except Corrupt as error:
             raise BadObject(Check.DECODING, str(error)) from error
         return header
+
+    @contextmanager
+    def _aside(self, packed: memoryview) -> Iterator[memoryview]:
+        """A copy, in memory that is used again; there is as much of it as threads decode at once."""
+        with self._changed:
+            room = self._spare.pop() if self._spare else bytearray()
+        if len(room) < packed.nbytes:
+            room = bytearray(packed.nbytes)
+        aside = memoryview(room)[: packed.nbytes]
+        np.copyto(np.frombuffer(aside, np.uint8), np.frombuffer(packed, np.uint8))
+        try:
+            yield aside
+        finally:
+            with self._changed:
+                self._spare.append(room)
 
     def _fault(self, name: str, error: BadObject) -> str:
         """A word for an object that is not used."""
@@ -317,22 +361,36 @@ class TierMovers:
 
     def _write(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         tier = self._tiers[name]
-        sealed = [self._seal(name, piece, number, result) for number, piece in enumerate(pieces)]
-        sources = [Source(each.header, each.payload) for each in sealed]
+        sources = [self._source(name, piece, number, result) for number, piece in enumerate(pieces)]
         keys = [str(self._shape.key(piece.chunk)) for piece in pieces]
         try:
             outcomes = tier.store.put(keys, sources, deadline, tier.ttl)
         finally:
             for source in sources:
                 source.end()
-        for piece, outcome, each in zip(pieces, outcomes, sealed, strict=True):
+        for piece, outcome, source in zip(pieces, outcomes, sources, strict=True):
             if outcome.ok:
-                result.nbytes += each.size
+                result.nbytes += source.size
             else:
                 result.failed[piece.chunk] = _cause(outcome)
 
+    def _source(self, name: str, piece: Piece, number: int, result: TierResult) -> Source:
+        """The object of a slot, the ``number``-th of its call of the store. What is stored as it is gets its header, for which
+        all of it is read, when the store's turn comes to it."""
+        tier, slot = self._tiers[name], self._slot(piece.slot)
+        if tier.codec != Codec():
+            sealed = self._seal(name, piece, number, result)
+            return Source(sealed.header, sealed.payload)
+        header, payload = bytearray(HEADER_BYTES), slot[: self._shape.payload_bytes]
+        held = self._shape.held(piece)
+
+        def prepare() -> None:
+            header[:] = seal(held, payload, tier.codec, ttl=tier.ttl).header
+
+        return Source(header, payload, prepare=prepare)
+
     def _seal(self, name: str, piece: Piece, number: int, result: TierResult) -> Sealed:
-        """The object of a slot, the ``number``-th of its call of the store."""
+        """The encoded or compressed object of a slot."""
         tier, slot = self._tiers[name], self._slot(piece.slot)
         kind, compression = tier.codec
         held, options = self._shape.held(piece), {"ttl": tier.ttl, "level": tier.level}

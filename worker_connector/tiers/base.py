@@ -132,13 +132,29 @@ class Loan:
 
 
 class Source(Loan):
-    """The bytes of one object to put: its parts, one after the other."""
+    """The bytes of one object to put: its parts, one after the other. ``prepare`` is called once, by whoever uses them first,
+    and fills in what they lack: so stores' threads do it side by side, while others already wait for their medium."""
 
-    __slots__ = ()
+    __slots__ = ("_prepare",)
+
+    def __init__(
+        self, *views: Buffer, lender: "Loan | None" = None, prepare: Callable[[], object] | None = None
+    ) -> None:
+        super().__init__(*views, lender=lender)
+        self._prepare = prepare
+
+    @contextmanager
+    def borrow(self) -> Iterator[tuple[memoryview, ...]]:
+        """As of any loan; the parts are complete."""
+        with super().borrow() as views:
+            if self._prepare is not None:
+                self._prepare()
+                self._prepare = None
+            yield views
 
     def lend(self) -> "Source":
         """The same bytes on a loan of their own, which ends at the latest with this one."""
-        with self.borrow() as views:
+        with super().borrow() as views:
             return Source(*views, lender=self)
 
     def join(self) -> bytes:
@@ -161,6 +177,23 @@ class Source(Loan):
                 with self.borrow() as views:
                     send(views[part][start : start + most])
 
+    def pour(self, at: int, most: int, send: Callable[[list[memoryview]], int]) -> int:
+        """Give ``send`` the object's bytes from ``at`` on, up to ``most`` of them, as the views that have them; returns what it
+        returns, how many it took. It ends in a bounded time.
+
+        Raises:
+            LoanEnded: the operation was given up.
+        """
+        with self.borrow() as views:
+            given: list[memoryview] = []
+            for view in views:
+                part = view[at : at + most]
+                at = max(0, at - view.nbytes)
+                most -= part.nbytes
+                if part.nbytes:
+                    given.append(part)
+            return send(given)
+
     def copy(self, at: int, room: memoryview) -> int:
         """Copy the object's bytes from ``at`` on into ``room``, as many as fit; returns how many, 0 at its end.
 
@@ -174,15 +207,42 @@ class Source(Loan):
         return taken
 
 
+class _Verdict:
+    """What is found of an object in memory that several sinks may be of."""
+
+    __slots__ = ("_examine", "finding")
+
+    def __init__(self, examine: Callable[[int], object] | None) -> None:
+        self._examine = examine
+        self.finding: object = None
+
+    def reach(self, size: int) -> None:
+        if self._examine is not None and self.finding is None:
+            self.finding = self._examine(size)
+
+
 class Sink(Loan):
-    """Where the bytes of one object go: its parts are filled one after the other. ``size`` is their room."""
+    """Where the bytes of one object go: its parts are filled one after the other. ``size`` is their room.
 
-    __slots__ = ("complete", "filled")
+    ``examine`` is called with the object's bytes when it is whole, by the store's thread that wrote the last of them, so that
+    one object is verified while others are read. It takes a bounded time and raises nothing; what it says is the
+    ``finding``, which a later write to the same memory takes back.
+    """
 
-    def __init__(self, *views: Buffer, lender: "Loan | None" = None) -> None:
+    __slots__ = ("_verdict", "complete", "filled")
+
+    def __init__(
+        self, *views: Buffer, lender: "Sink | None" = None, examine: Callable[[int], object] | None = None
+    ) -> None:
         super().__init__(*views, lender=lender)
+        self._verdict: _Verdict = _Verdict(examine) if lender is None else lender._verdict  # noqa: SLF001 - of the same memory
         self.filled = 0
         self.complete = False
+
+    @property
+    def finding(self) -> object:
+        """What was found by examining what is there now; None where nothing was examined."""
+        return self._verdict.finding
 
     def lend(self) -> "Sink":
         """The same memory on a loan of its own, which ends at the latest with this one and is filled from the start."""
@@ -209,6 +269,7 @@ class Sink(Loan):
             LoanEnded: the operation was given up; nothing was written.
         """
         with self.borrow() as views:
+            self._verdict.finding = None
             taken = read_into(_rest(views, self.filled)[:most])
             self.filled += taken
             return taken
@@ -217,12 +278,14 @@ class Sink(Loan):
         """The whole object has been written."""
         with self.borrow():
             self.complete = True
+            self._verdict.reach(self.filled)
             return Outcome(Status.FOUND, self.filled)
 
     def rewind(self) -> None:
         """Start again, after a failure in the middle."""
         self.filled = 0
         self.complete = False
+        self._verdict.finding = None
 
     def too_small(self, size: int) -> Outcome:
         return failed("size", f"the object has {size} bytes where {self.size} were expected")

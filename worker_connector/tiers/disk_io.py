@@ -1,6 +1,6 @@
 """Bytes between a disk tier's files and memory on loan.
 
-The disk reads into and writes from buffers of this module, half a megabyte at a time, and each piece is copied from or to the
+The disk reads into and writes from buffers of this module, some two megabytes at a time, and each piece is copied from or to the
 lent memory inside the loan: a disk that hangs holds a buffer of ours, never a slot that another chunk gets meanwhile.
 Direct I/O bypasses the kernel's page cache, which the CPU tier makes pointless: writes reach the disk without a second
 copy in memory, and nothing else is pushed out of it. Its buffers, offsets and lengths are whole pages.
@@ -19,7 +19,8 @@ import numpy as np
 
 from worker_connector.tiers.base import Sink, Source
 
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = (2 << 20) + (64 << 10)
+"""Bytes that are read or written at once, at most: a disk that is asked for little at a time waits in between."""
 _PAGE = 4096
 
 _local = threading.local()
@@ -55,7 +56,7 @@ def read_object(fd: int, size: int, sink: Sink, in_time: Callable[[], bool]) -> 
         LoanEnded: the operation was given up.
         OSError: the disk failed.
     """
-    buffer, at = _buffer(), 0
+    buffer, at = _buffer()[: _even(size)], 0
     while at < size:
         if not in_time():
             raise TimeoutError
@@ -77,7 +78,8 @@ def write_object(fd: int, source: Source, in_time: Callable[[], bool], *, direct
         LoanEnded: the operation was given up.
         OSError: the disk failed, or is full.
     """
-    buffer, size, at = _buffer(), source.size, 0
+    size, at = source.size, 0
+    buffer = _buffer()[: _even(size)]
     while at < size:
         taken = _copy_out(source, at, buffer)
         whole = -(-taken // _PAGE) * _PAGE if direct else taken
@@ -115,6 +117,12 @@ def _write(fd: int, data: memoryview, at: int, in_time: Callable[[], bool]) -> N
         if written % _PAGE and done < data.nbytes:
             # A disk that is almost full takes a part; direct I/O cannot go on from there, and the rest tells why.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+def _even(size: int) -> int:
+    """What is done at once of ``size`` bytes, so that no small piece is left for the end."""
+    pieces = max(1, -(-size // PIECE_BYTES))
+    return max(1, -(-size // (pieces * _PAGE))) * _PAGE
 
 
 def _buffer() -> memoryview:

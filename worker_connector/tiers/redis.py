@@ -1,7 +1,8 @@
 """Objects in Valkey or Redis: one server, a primary under Sentinel, or a cluster; over TCP, TLS or a unix socket.
 
 An object is a string value under ``prefix`` + key. Values go from and to the lent memory without a copy in between
-(``redis_link``); calls are pipelined, with a bound on the bytes that a server has to hold ready for one connection.
+(``redis_link``); calls are pipelined, with a bound on the bytes that a server has to hold ready for one connection. Large
+batches go over several connections to a server at once: while one thread verifies what it received, others receive.
 Every wait ends at the call's deadline by the socket's own time limit; resolving a host name is the one step that only
 ``Guarded`` bounds.
 """
@@ -33,7 +34,7 @@ from worker_connector.tiers.base import (
     failed,
     refused,
 )
-from worker_connector.tiers.crew import Crew, CrewFull
+from worker_connector.tiers.crew import Crew, CrewFull, Job
 from worker_connector.tiers.redis_link import Link, Links, Refusal, Wire, explain, unavailable
 from worker_connector.tiers.redis_places import (
     Address,
@@ -47,6 +48,8 @@ from worker_connector.tiers.redis_places import (
 
 _WINDOW_BYTES = 8 << 20
 _WINDOW_CALLS = 256
+_SHARE_BYTES = 2 << 20
+"""Less than this is not worth a connection of its own."""
 _BROKEN = (RedisError, OSError)
 _TOO_LATE = (TimeoutError, RedisTimeoutError)
 _REFUSED_PUTS = frozenset({"OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM"})
@@ -56,7 +59,8 @@ _REFUSED_PUTS = frozenset({"OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM"}
 class RedisSettings:
     """Where the servers are and how to log in. Addresses are (host, port); a unix socket is (path, 0).
 
-    ``ttl`` is in seconds, 0 for none. ``connections`` is how many stay open to each server while they are idle.
+    ``ttl`` is in seconds, 0 for none. ``connections`` is how many one batch uses to each server, and how many stay open while
+    they are idle.
     """
 
     addresses: tuple[tuple[str, int], ...]
@@ -206,9 +210,8 @@ class RedisStore(Store):
             return unavailable(self.name, error)
         except StoreUnavailable as error:
             return error
-        if len(shares) == 1:
-            return self._serve(*next(iter(shares.items())), deadline)
-        return self._serve_all(shares, deadline)
+        parts = [(place, part) for place, its in shares.items() for part in _split(its, self._settings.connections)]
+        return self._serve_all(parts, deadline)
 
     def _by_place(self, calls: list[_Call], deadline: float) -> dict[tuple[Address, bool], list[_Call]]:
         shares: dict[tuple[Address, bool], list[_Call]] = {}
@@ -222,21 +225,28 @@ class RedisStore(Store):
                 shares.setdefault((place[0], place[1]), []).append(call)
         return shares
 
-    def _serve_all(self, shares: dict[tuple[Address, bool], list[_Call]], deadline: float) -> StoreUnavailable | None:
-        errors: list[StoreUnavailable] = []
+    def _serve_all(
+        self, parts: Sequence[tuple[tuple[Address, bool], list[_Call]]], deadline: float
+    ) -> StoreUnavailable | None:
+        """All parts at once, the first of them on this thread; returns why one of them failed."""
+        errors: list[StoreUnavailable | None] = []
         jobs = []
-        for place, calls in shares.items():
+        for place, calls in parts[1:]:
             try:
                 jobs.append(self._crew.submit(partial(self._serve, place, calls, deadline)))
             except CrewFull:
                 errors.append(StoreUnavailable(self.name, "busy", "too many operations are under way"))
-        for job in jobs:
-            # Sockets keep the deadline; the rest is for a thread that the processor leaves waiting.
-            if not self._crew.wait(job, deadline + 1.0):
-                errors.append(StoreUnavailable(self.name, "timeout", "no answer within the deadline"))
-            elif (error := job.result()) is not None:
-                errors.append(error)
-        return errors[-1] if errors else None
+        try:
+            errors.append(self._serve(*parts[0], deadline))
+        finally:
+            errors += [self._answer_of(job, deadline) for job in jobs]
+        return next((error for error in errors if error is not None), None)
+
+    def _answer_of(self, job: Job[StoreUnavailable | None], deadline: float) -> StoreUnavailable | None:
+        # Sockets keep the deadline; the rest is for a thread that the processor leaves waiting.
+        if not self._crew.wait(job, deadline + 1.0):
+            return StoreUnavailable(self.name, "timeout", "no answer within the deadline")
+        return job.result()
 
     def _serve(self, place: tuple[Address, bool], calls: list[_Call], deadline: float) -> StoreUnavailable | None:
         address, asking = place
@@ -273,6 +283,12 @@ class RedisStore(Store):
 
     def _ask(self, address: Address, deadline: float, *words: bytes) -> Any:
         return self._on_link(address, deadline, lambda link: link.ask(*words))
+
+
+def _split(calls: list[_Call], most: int) -> list[list[_Call]]:
+    """What goes over one connection each. Neighbours are on different ones, so that a prompt's beginning comes first."""
+    count = max(1, min(most, len(calls), sum(call.weight for call in calls) // _SHARE_BYTES))
+    return [calls[start::count] for start in range(count)]
 
 
 def _carry_out(calls: list[_Call], address: Address, link: Link, *, asking: bool) -> None:

@@ -5,6 +5,7 @@ costs several copies; ``Wire`` takes the parser's place and receives a reply's b
 RESP2 (https://redis.io/docs/latest/develop/reference/protocol-spec/), in which nothing arrives unasked.
 """
 
+import math
 import select
 import ssl
 import threading
@@ -26,6 +27,8 @@ _SEND_BYTES = 1 << 20
 _MOST_LINE_BYTES = 64 << 10
 _MOST_SMALL_BYTES = 16 << 20
 _MOST_OBJECT_BYTES = 512 << 20
+_LATE_SECONDS = 0.02
+"""How much later than its deadline a wait may end."""
 _NO_CONNECTION = "no connection within the deadline: check host and port, and whether the port speaks TLS"
 _NO_ANSWER = "no answer within the deadline"
 
@@ -46,13 +49,14 @@ class Wire:
         self._sock: Any = None
         self._data = b""
         self._at = 0
+        self._limited = math.inf
         self.deadline = 0.0
 
     # What redis-py calls.
 
     def on_connect(self, connection: Any) -> None:
         self._sock = connection._sock  # noqa: SLF001 - how redis-py hands it to its parsers
-        self._data, self._at = b"", 0
+        self._data, self._at, self._limited = b"", 0, math.inf
 
     def on_disconnect(self) -> None:
         self._sock = None
@@ -91,6 +95,20 @@ class Wire:
         while view.nbytes:
             self._limit()
             view = view[self._sock.send(view) :]
+
+    def send_with(self, before: bytes, body: Source) -> None:
+        """Send ``before`` and all of the body, in as few pieces as the connection takes: where it can, a server gets a command
+        and its value at once."""
+        if not hasattr(self._sock, "sendmsg") or isinstance(self._sock, ssl.SSLSocket):
+            self.send(before)
+            body.each(self.send, _SEND_BYTES)
+            return
+        size = len(before)
+        at = -size
+        while at < body.size:
+            self._limit()
+            head = [memoryview(before)[size + at :]] if at < 0 else []
+            at += body.pour(max(0, at), _SEND_BYTES, lambda views, head=head: self._sock.sendmsg([*head, *views]))  # type: ignore[misc]
 
     def land(self, sink: Sink) -> Outcome | Refusal | None:
         """Read one bulk reply into the sink. Returns None where there is no such key."""
@@ -170,7 +188,10 @@ class Wire:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise RedisTimeoutError(_NO_ANSWER)
-        self._sock.settimeout(left)
+        # Each time costs a call of the system, which gives the interpreter away.
+        if not left <= self._limited <= left + _LATE_SECONDS:
+            self._sock.settimeout(left)
+            self._limited = left
 
 
 def _number(line: bytes, most: int = 1 << 63) -> int:
@@ -225,9 +246,9 @@ class Link:
         count = len(words) + len(after) + (body is not None)
         self._unsent += b"*%d\r\n" % count + _packed(words)
         if body is not None:
-            self._unsent += b"$%d\r\n" % body.size
-            self.flush()
-            body.each(self.wire.send, _SEND_BYTES)
+            before = bytes(self._unsent) + b"$%d\r\n" % body.size
+            self._unsent.clear()
+            self.wire.send_with(before, body)
             self._unsent += b"\r\n"
         self._unsent += _packed(after)
 

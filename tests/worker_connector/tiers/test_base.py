@@ -109,3 +109,57 @@ def test_a_source_that_is_taken_back_is_not_read() -> None:
 
 def test_outcomes_say_whether_the_object_is_where_it_was_asked_to_be() -> None:
     assert [each.value for each in Status if Outcome(each).ok] == ["found", "stored", "deleted"]
+
+
+def test_an_object_is_examined_once_when_it_is_whole_and_again_after_it_changed() -> None:
+    room, seen = bytearray(4), []
+
+    def examine(size: int) -> bytes:
+        seen.append(bytes(room[:size]))
+        return seen[-1]
+
+    sink = Sink(room, examine=examine)
+    inner = sink.lend()
+    inner.write(b"abc")
+    assert sink.finding is None
+    inner.finish()
+    assert sink.finding == b"abc"
+    sink.filled = inner.filled
+    sink.finish()
+    assert seen == [b"abc"]
+    again = sink.lend()
+    again.write(b"wxyz")
+    assert sink.finding is None, "what was found is of other bytes"
+    again.finish()
+    assert sink.finding == b"wxyz"
+    again.rewind()
+    assert sink.finding is None
+
+
+def test_a_source_is_completed_by_whoever_uses_it_first_and_once() -> None:
+    head, made = bytearray(2), []
+
+    def prepare() -> None:
+        made.append(1)
+        head[:] = b"hi"
+
+    source = Source(head, b"there", prepare=prepare)
+    lent = source.lend()
+    assert not made
+    assert source.size == 7
+    assert lent.join() == b"hithere" == source.join()
+    assert len(made) == 1
+
+
+@given(parts=sizes, at=st.integers(0, 60), most=st.integers(0, 60))
+def test_a_source_is_poured_from_anywhere_as_the_views_that_have_it(parts: list[int], at: int, most: int) -> None:
+    source = Source(*(bytes([number]) * size for number, size in enumerate(parts)))
+    seen: list[bytes] = []
+
+    def send(views: list[memoryview]) -> int:
+        assert all(view.nbytes for view in views)
+        seen.append(b"".join(views))
+        return 1
+
+    assert source.pour(at, most, send) == 1
+    assert seen == [source.join()[at : at + most]]
