@@ -256,6 +256,9 @@ class Settings(BaseSettings):
     worker_cert_key: str = Field(default="", description="file of its private key")
     worker_tls_verify: bool = Field(default=True, description="whether the workers' certificates are checked")
     admin_token: Secret = Field(default=SecretStr(""), description="bearer token of the admin endpoints")
+    dashboard: bool = Field(
+        default=True, description="serve the dashboard at `/dashboard`, and its data below `/admin`"
+    )
     report_token: Secret = Field(default=SecretStr(""), description="token of the workers' report ports")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["text", "json"] = Field(default="text", description="how log lines are written")

@@ -73,9 +73,9 @@ class Timeline:
         return [(number, row.tolist()) for number, row in self._slots if number > first]
 
     def _row(self, number: int) -> "array[float]":
+        while self._slots and self._slots[-1][0] > number:
+            self._slots.pop()  # the clock was set back
         if not self._slots or self._slots[-1][0] != number:
-            while self._slots and self._slots[-1][0] > number:
-                self._slots.pop()  # the clock was set back
             self._slots.append((number, array("d", bytes(8 * self._width))))
         return self._slots[-1][1]
 
@@ -174,7 +174,7 @@ def _quantile(counts: Sequence[float], bounds: Sequence[float], share: float) ->
         return bounds[-1]
     low = bounds[at - 1] if at else 0.0
     before = sums[at - 1] if at else 0.0
-    return low + (bounds[at] - low) * (rank - before) / (sums[at] - before)
+    return min(bounds[at], low + (bounds[at] - low) * (rank - before) / (sums[at] - before))
 
 
 def _ratio(value: float, by: float) -> float | None:
