@@ -199,16 +199,27 @@ class Bench:
         return {"answers": [answers[name] for name in sorted(answers)], "gaps": gaps}
 
     def lose(self) -> None:
+        self.reset(connector=False)
+        self.control("clear", tier="cpu")
+
+    def reset(self, *, connector: bool) -> bool:
+        deadline = time.monotonic() + 10
+        while not (done := self.llm.reset_prefix_cache(reset_connector=connector)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return bool(done)
+
+    def control(self, operation: str, **arguments: Any) -> Any:
+        """What the report port answers."""
         from worker_connector.client import ControlClient
         from worker_connector.runtime_files import running
 
-        deadline = time.monotonic() + 10
-        while not self.llm.reset_prefix_cache() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for server in running():
-            if os.getpid() in server.ancestors:
-                with ControlClient(server.host, server.port, token=server.token) as client:
-                    client.call("clear", tier="cpu")
+        (server,) = (server for server in running() if os.getpid() in server.ancestors)
+        with ControlClient(server.host, server.port, token=server.token) as client:
+            return client.call(operation, **arguments)
+
+    def change_weights(self, path: str) -> None:
+        """In place, as vLLM reloads them; nobody is told."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
 
     def settle(self, seconds: float = 15.0) -> None:
         """Wait until nothing more is written to the lower tiers."""
