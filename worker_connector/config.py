@@ -37,7 +37,10 @@ from worker_connector.errors import ConfigurationError
 from worker_connector.eviction import POLICIES
 
 STAGING_BYTES = 256 << 20
-"""What lower tiers pass through where there is no CPU tier of its own."""
+"""What lower tiers pass through where there is no CPU tier of its own, over all ranks."""
+
+STAGING_CHUNKS = 16
+"""As many chunks as that have room in it, even if they take more."""
 
 DEFAULT_DISK_PATH = "~/.cache/warmroute/chunks"
 """Where the disk tier is that is switched on without a place."""

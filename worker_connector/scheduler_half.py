@@ -104,7 +104,15 @@ class SchedulerHalf:
     def start(self, slots: Iterable[int], objects: Sequence[ObjectKey | None] = ()) -> None:
         """Size the CPU tier to what every rank has, and open the report port. ``objects`` is, for each rank, what its objects
         in lower tiers are called, with any chunk: pipeline ranks have other layers, and so another identity."""
-        self.ledger.set_capacity(min(slots, default=0))
+        ranks = list(slots)
+        self.ledger.set_capacity(min(ranks, default=0))
+        if any(ranks) and not all(ranks):
+            _log.error(
+                "Nothing is kept behind the GPU: rank %d has no room for a chunk, and a chunk is in a tier when all of the %d "
+                "ranks have it. That rank's log says why",
+                ranks.index(0),
+                len(ranks),
+            )
         self._start_server()
         self._look_below(objects)
 

@@ -10,7 +10,7 @@ import torch
 
 from kv_protocol.hashing import HASH_BYTES
 from worker_connector.chunk_object import ObjectKey
-from worker_connector.config import ConnectorConfig
+from worker_connector.config import STAGING_CHUNKS, ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable, UnsupportedCache
 from worker_connector.geometry import Group, describe_groups
@@ -163,6 +163,8 @@ class WorkerHalf:
         if not self._config.enable_prefix_cache:
             return
         slots = budget // layout.slot_bytes
+        if not self._config.enable_cpu and self._config.has_lower_tiers:
+            slots = max(slots, STAGING_CHUNKS)
         if not slots:
             if self._config.enable_cpu:
                 _log.warning(
@@ -186,6 +188,25 @@ class WorkerHalf:
             slots * layout.slot_bytes / (1 << 30),
             ", checksums are compared" if self._config.verify else "",
         )
+        self._warn_of_few(slots, layout)
+
+    def _warn_of_few(self, slots: int, layout: SlotLayout) -> None:
+        """Say it where the longest prompt does not fit: what is loaded for one request is in slots all at once."""
+        if self._vllm_config is None or self._parallel.rank:
+            return
+        longest, size = int(self._vllm_config.model_config.max_model_len), self._config.chunk_size
+        if slots * size < longest // size * size:
+            needed = longest // size * layout.slot_bytes * self._ranks
+            _log.warning(
+                "The %s has room for %d chunks, so no more than %d tokens of a prompt can be loaded, and the longest has %d: "
+                "set %scpu_bytes to %.1fGiB or more",
+                "CPU tier" if self._config.enable_cpu else "memory that lower tiers pass through (enable_cpu is false)",
+                slots,
+                slots * size,
+                longest,
+                "" if self._config.enable_cpu else "enable_cpu to true and ",
+                needed / (1 << 30) + 0.05,
+            )
 
     def _submit(self, plan: StepPlan) -> None:
         if self._tiers is not None and self._transfers is not None:
@@ -194,7 +215,8 @@ class WorkerHalf:
             self._tiers.submit(plan.tiers)
             return
         for job in plan.tiers:
-            self._refused[job.job] = TierResult(failed=dict.fromkeys((piece.chunk for piece in job.pieces), "closed"))
+            named = [piece.chunk for piece in job.pieces] or [b""]
+            self._refused[job.job] = TierResult(failed=dict.fromkeys(named, "closed"))
 
     def _build(
         self,
