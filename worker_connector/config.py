@@ -28,6 +28,7 @@ from worker_connector.config_values import (
     port,
     positive,
     seconds,
+    share,
     short_seconds,
     size,
     text,
@@ -71,6 +72,7 @@ class ConnectorConfig:
     copy_threads: int = 1
     async_write: bool = True
     verify: bool = False
+    shadow_check: float = 0.0
     eviction_policy: str = "lru"
     min_load_tokens: int = 0
     load_or_compute: bool = True
@@ -164,6 +166,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "copy_threads": copy_threads,
     "async_write": boolean,
     "verify": boolean,
+    "shadow_check": share,
     "eviction_policy": choice(*POLICIES),
     "min_load_tokens": non_negative,
     "load_or_compute": boolean,

@@ -85,6 +85,13 @@ def seconds(value: Any) -> float:
     return amount
 
 
+def share(value: Any) -> float:
+    amount = _number(value, "a share")
+    if not 0 <= amount <= 1:
+        raise ValueError("it must be between 0 and 1")
+    return amount
+
+
 def short_seconds(value: Any) -> float:
     amount = _number(value, "a number of seconds")
     if not 0.001 <= amount <= 60:

@@ -10,6 +10,7 @@ to load would otherwise never be revised.
 """
 
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 from time import monotonic
 from typing import Final
@@ -106,3 +107,32 @@ class Estimator:
         if load is None or compute is None or monotonic() - self._last_load > PROBE_SECONDS:
             return True
         return load < compute
+
+
+class StepTimer:
+    """Learns the prefill speed from the engine's steps. ``clock`` is in seconds."""
+
+    def __init__(self, estimator: Estimator, clock: Callable[[], float]) -> None:
+        self._estimator = estimator
+        self._clock = clock
+        self._steps: deque[tuple[int, float, int]] = deque(maxlen=16)
+        self._last_end = 0.0
+
+    def begin(self, step: int, tokens: int) -> int:
+        """A step with that number computes so many tokens of prompts: the number to report its end by; 0 where it need not
+        be reported."""
+        if not tokens:
+            return 0
+        self._steps.append((step, self._clock(), tokens))
+        return step
+
+    def end(self, step: int) -> None:
+        """A step ended, and those before it."""
+        now = self._clock()
+        while self._steps and self._steps[0][0] <= step:
+            number, began, tokens = self._steps.popleft()
+            if number == step:
+                # With steps overlapping, one begins when the one before it ends.
+                self._estimator.observe_prefill(tokens, now - max(began, self._last_end))
+        if step:
+            self._last_end = now

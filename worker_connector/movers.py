@@ -27,7 +27,7 @@ import torch
 from worker_connector.copier import Copier, Lane, Receipt
 from worker_connector.errors import ConnectorError
 from worker_connector.placement import roam
-from worker_connector.plan import MAX_SAMPLES, LoadJob, Sample, SaveJob, Span, WorkerReport
+from worker_connector.plan import MAX_SAMPLES, Comparison, LoadJob, Sample, SaveJob, Span, WorkerReport
 
 _log = logging.getLogger("vllm.warmroute.movers")
 
@@ -163,14 +163,21 @@ class _Abandoned(Exception):
 
 
 class Transfers:
-    """Runs the plans of one rank, in the process that made it. ``make_stream`` is called once for each direction.
+    """Runs the plans of one rank, in the process that made it. ``make_stream`` is called once for each direction, ``compare``
+    for the comparisons of a save that was copied.
 
     Raises:
         ConnectorError: a mover could not be set up.
     """
 
-    def __init__(self, copier: Copier, make_stream: Callable[[], Stream] = Stream) -> None:
+    def __init__(
+        self,
+        copier: Copier,
+        make_stream: Callable[[], Stream] = Stream,
+        compare: Callable[[Iterable[Comparison]], dict[int, float]] = lambda _: {},
+    ) -> None:
         self._copier = copier
+        self._compare = compare
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._report = WorkerReport()
@@ -349,6 +356,7 @@ class Transfers:
         began = time.monotonic()
         job = save.job
         ok = self._copy_out(save)
+        compared = self._compare(job.compare) if ok and job.compare else {}
         sample = Sample(self._copier.nbytes(job.spans), time.monotonic() - began)
         with self._changed:
             self._saving.discard(job.job)
@@ -360,6 +368,8 @@ class Transfers:
                 self._report.failed_saves.add(job.job)
             else:
                 _keep(self._report.saves, sample)
+            if compared:
+                self._report.compared[job.job] = compared
             self._changed.notify_all()
 
     def _copy_out(self, save: _Save) -> bool:

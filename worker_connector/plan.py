@@ -35,11 +35,21 @@ class LoadJob:
 
 
 @dataclass(slots=True)
+class Comparison:
+    """Two slots of one chunk: ``held`` is that of the cache, ``again`` was computed again."""
+
+    held: int
+    again: int
+
+
+@dataclass(slots=True)
 class SaveJob:
-    """Copy blocks that this step's forward fills, or that were full before it, into slots."""
+    """Copy blocks that this step's forward fills, or that were full before it, into slots; then tell how much the slots of
+    each comparison differ."""
 
     job: int
     spans: list[Span]
+    compare: list[Comparison] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -126,7 +136,7 @@ class WorkerReport:
     """What ranks did since their last report. ``saved`` counts ranks per job. ``failed_loads`` names the slots whose
     bytes could not be used: none when a load only came too late. ``damaged`` are those of them whose bytes were not the
     ones that were saved. ``tiers`` are results by job, ``lost`` the chunks that a lower tier of some rank gave up, by
-    tier."""
+    tier. ``compared`` are the largest differences on any rank, by job and slot."""
 
     saved: Counter[int] = field(default_factory=Counter)
     failed_saves: set[int] = field(default_factory=set)
@@ -137,6 +147,7 @@ class WorkerReport:
     step: int = 0
     tiers: dict[int, TierResult] = field(default_factory=dict)
     lost: dict[str, set[bytes]] = field(default_factory=dict)
+    compared: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def merge(self, other: "WorkerReport") -> None:
         """Add another rank's report to this one."""
@@ -155,6 +166,9 @@ class WorkerReport:
                 self.tiers[job] = result
         for tier, chunks in other.lost.items():
             self.lost[tier] = self.lost.get(tier, set()) | chunks
+        for job, found in other.compared.items():
+            mine = self.compared.setdefault(job, {})
+            mine |= {slot: max(value, mine.get(slot, 0.0)) for slot, value in found.items()}
 
     def __bool__(self) -> bool:
         told = (

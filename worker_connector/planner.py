@@ -29,7 +29,6 @@ Nothing here knows vLLM's classes, only the names of their fields; everything ru
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,7 @@ from kv_protocol.digests import SetDigest
 from kv_protocol.messages import Admitted, Heartbeat, Message
 from worker_connector.block_tables import NULL_BLOCK, Tables, blocks_from, present_runs
 from worker_connector.config import ConnectorConfig
-from worker_connector.estimate import Estimator
+from worker_connector.estimate import Estimator, StepTimer
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot
 from worker_connector.lower import LowerTiers, TierRules
@@ -46,6 +45,7 @@ from worker_connector.plan import PLAIN, LoadJob, Span, StepPlan, WorkerReport
 from worker_connector.request_controls import Controls
 from worker_connector.request_state import Adapter, RequestState, external_id
 from worker_connector.saves import OVERDUE_SECONDS, TAIL_CHUNKS, Blocks, Saves
+from worker_connector.shadow import Shadow
 from worker_connector.stats import Stats
 
 LOAD_SECONDS = 10.0
@@ -125,6 +125,7 @@ class Planner:
             load_or_compute=config.load_or_compute,
             clock=clock,
         )
+        self._shadow = Shadow(ledger, self.stats, config.shadow_check)
         self._saves = Saves(
             ledger,
             groups,
@@ -133,6 +134,7 @@ class Planner:
             ranks=ranks,
             allowed=may_save and config.enable_prefix_cache,
             stats=self.stats,
+            shadow=self._shadow,
             committed=self.lower.committed,
             clock=clock,
         )
@@ -140,9 +142,8 @@ class Planner:
         self._next_loads: list[LoadJob] = []
         self._taken_blocks: list[int] = []
         self._admitted: list[Message] = []
-        self._steps: deque[tuple[int, float, int]] = deque(maxlen=16)
+        self._timer = StepTimer(self.estimator, clock)
         self._step = 0
-        self._last_end = 0.0
         self._evictions_seen = 0
 
     # ---- requests -----------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class Planner:
             self._saves.distrust(output)
             plan.settle = self._saves.reading(taken)
             plan.save = self._saves.plan(self._step, output, due)
-            plan.step = self._time_step(output)
+            plan.step = self._timer.begin(self._step, self._prompt_tokens(output))
             plan.tiers = self.lower.plan_step() if self.lower else []
             self.publish_changes()
             return plan
@@ -388,6 +389,8 @@ class Planner:
         if self._loading and any(chunk in self._loading for chunk in state.wanted):
             return None if self._may_wait(state) else 0
         state.waiting_since = None
+        if self._shadow.takes(state):
+            return 0
         return tokens if self._is_worth_loading(state, tokens) else 0
 
     def _hit_end(self, state: RequestState, computed: int) -> int:
@@ -561,8 +564,8 @@ class Planner:
         hits[CPU] = loaded
         return hits
 
-    def _time_step(self, output: Any) -> int:
-        """A number to time this step by; 0 for one that computes few prompt tokens."""
+    def _prompt_tokens(self, output: Any) -> int:
+        """How many tokens of prompts a step computes; 0 for one that decodes only."""
         if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):
             return 0
         tokens = 0
@@ -570,13 +573,11 @@ class Planner:
             if scheduled > 1 and (state := self._requests.get(request_id)) is not None:
                 left = state.request.num_prompt_tokens - state.request.num_computed_tokens
                 tokens += max(0, min(scheduled, left))
-        if not tokens:
-            return 0
-        self._steps.append((self._step, self._clock(), tokens))
-        return self._step
+        return tokens
 
     def _absorb(self, report: WorkerReport) -> None:
-        now = self._clock()
+        for job, differences in report.compared.items():
+            self._saves.compared(job, differences)
         for job, ranks in report.saved.items():
             self._saves.acknowledge(job, ranks, failed=job in report.failed_saves)
         for request_id, slots in report.failed_loads.items():
@@ -590,10 +591,4 @@ class Planner:
         for sample in report.saves:
             self.estimator.observe_save(sample.nbytes, sample.seconds)
             self.stats.saved(CPU, 0, sample.nbytes, sample.seconds)
-        while self._steps and self._steps[0][0] <= report.step:
-            step, began, tokens = self._steps.popleft()
-            if step == report.step:
-                # With steps overlapping, one begins when the one before it ends.
-                self.estimator.observe_prefill(tokens, now - max(began, self._last_end))
-        if report.step:
-            self._last_end = now
+        self._timer.end(report.step)

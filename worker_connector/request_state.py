@@ -20,7 +20,8 @@ class RequestState:
     ``local`` and ``offered`` are the answer to the engine's last query: the tokens it has itself, and the tokens the
     connector offered beyond them; ``skipped`` are chunks it held back because computing them is predicted to be faster.
     ``saved`` is the first chunk that has not been considered for saving; a step that starts behind the tokens ``seen``
-    computed, or reaches token ``boundary``, may have something to save. ``barred``: a load of this request failed. ``wanted`` names the
+    computed, or reaches token ``boundary``, may have something to save. ``barred``: a load of this request failed. ``shadowed``: whether the
+    request is of the shadow check's sample, None until it was asked. ``wanted`` names the
     chunks of the offer, the last of which may be a tail.
     """
 
@@ -43,6 +44,7 @@ class RequestState:
         "running",
         "saved",
         "seen",
+        "shadowed",
         "skipped",
         "started",
         "waiting_since",
@@ -65,6 +67,7 @@ class RequestState:
         self.seen = 0
         self.boundary = 0
         self.skipped = 0
+        self.shadowed: bool | None = None
         self.barred = False
         self.started = False
         self.running = False

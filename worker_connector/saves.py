@@ -14,8 +14,9 @@ from worker_connector.block_tables import NULL_BLOCK, Tables, is_fuller, missing
 from worker_connector.eviction import NORMAL
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, Ledger, Slot
-from worker_connector.plan import SaveJob, Span
+from worker_connector.plan import Comparison, SaveJob, Span
 from worker_connector.request_state import RequestState
+from worker_connector.shadow import Check, Shadow
 from worker_connector.stats import Stats
 
 OVERDUE_SECONDS = 60.0
@@ -62,6 +63,8 @@ class _Save:
     heads: list[list[bytes]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    differences: dict[int, float] = field(default_factory=dict)
     began: float = 0.0
     ranks: int = 0
     failed: bool = False
@@ -80,6 +83,7 @@ class Saves:
         ranks: int,
         allowed: bool,
         stats: Stats,
+        shadow: Shadow | None = None,
         committed: Callable[[Iterable[Slot]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,6 +95,7 @@ class Saves:
         self._ranks = ranks
         self._allowed = allowed
         self._stats = stats
+        self._shadow = shadow
         self._committed = committed
         self._clock = clock
         self._saves: dict[int, _Save] = {}
@@ -154,7 +159,7 @@ class Saves:
         ended, self._ended = self._ended, []
         for each in ended:
             self._save_ended(each, save)
-        if not save.slots:
+        if not save.slots and not save.checks:
             return None
         self._saves[step] = save
         self._readers_of.update(dict.fromkeys(save.blocks, step))
@@ -196,11 +201,15 @@ class Saves:
             return
         state.saved = max(first, end)
         chunks = state.extend()
-        wanted = [at for at in range(first, min(end, len(chunks))) if self._lacks(chunks[at])]
+        full = range(first, min(end, len(chunks)))
+        wanted = [at for at in full if self._lacks(chunks[at])]
         tail = self._new_tail(state) if ends_prompt else b""
-        tables = blocks.get_block_ids(state.request.request_id) if (wanted or tail) and blocks is not None else None
+        anything = wanted or tail or state.shadowed
+        tables = blocks.get_block_ids(state.request.request_id) if anything and blocks is not None else None
         if tables is None:
             return
+        if state.shadowed:
+            self._check_chunks([at for at in full if at >= state.local // self._size], chunks, tables, save)
         own, confined, exact = frozenset(chunks), state.adapter is not None, self._exact_chunks(state, chunks)
         priority = state.controls.priority
         saved = [
@@ -221,6 +230,29 @@ class Saves:
             saved.append(len(chunks))
         if saved:
             save.heads.append(chunks[: saved[0]])
+
+    def _check_chunks(self, computed: list[int], chunks: Sequence[bytes], tables: Tables, save: _Save) -> None:
+        """Compare chunks that were computed again with those that are held."""
+        own, shadow = frozenset(chunks), self._shadow
+        for at in computed if shadow is not None else ():
+            spans = self._spans(at, tables)
+            if spans is None or shadow is None or (check := shadow.begin(chunks[at], own)) is None:
+                continue
+            save.checks.append(check)
+            save.job.compare.append(Comparison(check.held.index, check.again.index))
+            for group, blocks in spans:
+                save.blocks += blocks
+                save.job.spans.append(Span(check.again.index, group, 0, blocks))
+
+    def _spans(self, at: int, tables: Tables) -> list[tuple[int, list[int]]] | None:
+        """The blocks of a chunk by group; None if the request does not have all of them."""
+        found = []
+        for group in self._groups:
+            blocks = list(tables[group.index][at * group.blocks_per_chunk :][: group.blocks_per_chunk])
+            if len(blocks) < group.blocks_per_chunk or NULL_BLOCK in blocks:
+                return None
+            found.append((group.index, blocks))
+        return found
 
     def _save_ended(self, ended: _Ended, save: _Save) -> None:
         if self._save_chunk(
@@ -334,6 +366,8 @@ class Saves:
         for block in save.blocks:
             if self._readers_of.get(block) == job:
                 del self._readers_of[block]
+        if self._shadow is not None:
+            self._shadow.end(save.checks, save.differences, failed=save.failed)
         for slot in reversed(save.slots):
             if save.failed:
                 self._ledger.abandon(slot)
@@ -368,6 +402,12 @@ class Saves:
         if save.ranks >= self._ranks:
             self._stats.saved(CPU, 0 if save.failed else len(save.slots), 0, 0.0)
             self._end_save(job)
+
+    def compared(self, job: int, differences: Mapping[int, float]) -> None:
+        """How much slots of that save differ from those of the cache, by slot, on some rank. Before it is acknowledged."""
+        if (save := self._saves.get(job)) is not None:
+            for slot, value in differences.items():
+                save.differences[slot] = max(value, save.differences.get(slot, 0.0))
 
     def check(self) -> None:
         """Assert every invariant."""

@@ -49,6 +49,8 @@ FIGURES = (
         by_tier=True,
     ),
     Figure("skipped_loads", "Chunks not loaded because computing them was predicted to be faster.", by_tier=True),
+    Figure("compared_chunks", "Chunks of the CPU tier that the shadow check computed again and compared."),
+    Figure("different_chunks", "Chunks among them that were not the same, and were dropped."),
     Figure("dropped_readers", "Report readers dropped because they did not keep up."),
     Figure("relists", "Snapshots sent to report readers."),
     Figure("report_readers", "Report readers connected now.", is_gauge=True),

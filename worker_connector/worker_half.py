@@ -10,6 +10,7 @@ import torch
 
 from kv_protocol.hashing import HASH_BYTES
 from worker_connector.chunk_object import ObjectKey
+from worker_connector.comparer import Comparer, dtype_of
 from worker_connector.config import STAGING_CHUNKS, ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable, UnsupportedCache
@@ -232,7 +233,8 @@ class WorkerHalf:
         slab = Slab(slots, layout.slot_bytes, device=device, node=node, huge=config.huge_pages)
         assert slab.bytes is not None
         copier = self._make_copier(buffer, slab.bytes, layout, threads=config.copy_threads, verify=config.verify)
-        self._transfers = Transfers(copier, lambda: stream_for(device))
+        comparer = Comparer(slab.bytes, layout.slot_bytes, layout.payload_bytes, dtype_of(kv_caches))
+        self._transfers = Transfers(copier, lambda: stream_for(device), comparer.compare)
         self._slab = slab
         if config.has_lower_tiers and self._vllm_config is not None:
             shape = shape_of(config, self._vllm_config, self._cache, groups, layout, rank=self._parallel.rank)

@@ -493,8 +493,18 @@ class Engine:
         for span in job.spans:
             for at, block in enumerate(span.blocks, span.at):
                 self.slots[rank][span.slot, span.group, at] = dict(self.memory[rank].get(block, {}))
+        if job.compare:
+            differences = {
+                pair.held: 2.0 * (self._in(rank, pair.held) != self._in(rank, pair.again)) for pair in job.compare
+            }
+            mine = self._next_report.compared.setdefault(job.job, {})
+            mine |= {slot: max(value, mine.get(slot, 0.0)) for slot, value in differences.items()}
         self._next_report.saved[job.job] += 1
         self._next_report.saves.append(Sample(1 << 20, 0.001))
+
+    def _in(self, rank: int, slot: int) -> dict[tuple[int, int], dict[int, Content]]:
+        """What a slot holds, by group and position."""
+        return {place[1:]: content for place, content in self.slots[rank].items() if place[0] == slot}
 
     def _end_load(self, rank: int, job: LoadJob) -> None:
         bad = set() if job.refused else self.fail_load(job, rank)

@@ -15,7 +15,7 @@ import torch
 from worker_connector.config import ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable
-from worker_connector.plan import LoadJob, SaveJob, Span, StepPlan
+from worker_connector.plan import Comparison, LoadJob, SaveJob, Span, StepPlan
 from worker_connector.worker_half import WorkerHalf
 
 BLOCKS, PAGE, LAYERS = 40, 1024, 2
@@ -136,6 +136,22 @@ def test_without_asynchronous_writes_a_step_ends_with_its_save(*, waits: bool) -
         half.save(StepPlan(save=SaveJob(1, [Span(3, 0, 0, [1, 2, 3, 4])])))
         report = half.take_report()
         assert (report is not None and report.saved == {1: 1}) is waits
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_slots_of_a_chunk_computed_twice_are_compared(*, spoil: bool) -> None:
+    buffer = cache()
+    with registered(buffer) as half:
+        half.save(StepPlan(save=SaveJob(1, [Span(3, 0, 0, [1, 2, 3, 4])])))
+        half.settle(StepPlan(settle=[1]))
+        if spoil:
+            buffer.view(LAYERS, BLOCKS, PAGE)[1, 4, 7] ^= 1
+        half.save(StepPlan(save=SaveJob(2, [Span(5, 0, 0, [1, 2, 3, 4])], [Comparison(3, 5)])))
+        half.settle(StepPlan(settle=[2]))
+        report = half.take_report()
+        assert report is not None
+        assert report.compared == {2: {3: float(spoil)}}
+        assert report.saved == {1: 1, 2: 1}
 
 
 def test_damage_in_the_slab_fails_the_load_where_it_is_looked_for() -> None:
