@@ -439,7 +439,7 @@ async def running_gateway(
     try:
         await until(lambda: server.started or serving.done())
         port = server.servers[0].sockets[0].getsockname()[1]
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=15) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             watched = [w for w in app.gateway.registry.workers if w.spec.report_address is not None and w.up]
             await until(lambda: all(worker.synced for worker in watched))
             yield RunningGateway(app.gateway, port, client, lambda: setattr(server, "should_exit", True))
@@ -450,8 +450,14 @@ async def running_gateway(
             await worker.kill()
 
 
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    """Wait for something to come true."""
+def kernel_buffers() -> int:
+    """Bytes that the kernel holds at most on the way from a worker to a client that does not read."""
+    most = [int(Path(f"/proc/sys/net/ipv4/tcp_{way}mem").read_text().split()[2]) for way in "rw"]
+    return most[0] + 2 * most[1]
+
+
+async def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Wait for something to come true; a busy machine may take its time."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - conditions are plain state, nobody signals them
             await asyncio.sleep(0.005)
@@ -461,7 +467,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     """Run a test's coroutine; anything left over is an error."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             await work
         left = asyncio.all_tasks() - {asyncio.current_task()}
         with suppress(TimeoutError):
