@@ -15,8 +15,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
 
 from worker_connector.estimate import Estimator
 from worker_connector.eviction import NORMAL
@@ -26,6 +25,7 @@ from worker_connector.plan import Piece, TierResult
 from worker_connector.request_state import RequestState
 from worker_connector.saves import TAIL_CHUNKS
 from worker_connector.stats import Stats
+from worker_connector.waits import ANSWERED, Asks, Jobs, Question, Wait, Wanted
 
 FETCHES_AT_ONCE = 16
 """Fetches from one tier that may be under way."""
@@ -37,82 +37,6 @@ TRIES = 3
 """A chunk that was evicted before its request had it is fetched so often in all."""
 _LATELY = 0.5
 """A request that the engine did not ask for so long keeps nobody behind it."""
-
-
-class Question(Protocol):
-    """A look-up under way."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether an answer may still come in time."""
-        ...
-
-
-class Asks(Protocol):
-    """Who looks up chunks in the lower tiers; what is found is put on record under the ledger's lock."""
-
-    def ask(self, chunks: Sequence[bytes], tails: Sequence[bytes] = ()) -> Question:
-        """Begin a look-up. Returns at once."""
-        ...
-
-
-class Jobs(Protocol):
-    """Who has jobs done."""
-
-    def may_fetch(self, tier: str, chunk: bytes) -> bool:
-        """Whether a tier may be asked for a chunk that is on its record."""
-        ...
-
-    def fetch(self, tier: str, pairs: Sequence[tuple[Piece, Slot]]) -> int:
-        """Plan a fetch; its number."""
-        ...
-
-    def withdraw(self, number: int) -> bool:
-        """Forget a job that was not sent; whether there was such a one."""
-        ...
-
-
-class Wanted(NamedTuple):
-    """A chunk, or a tail of so many ``tokens``, to be fetched from a tier."""
-
-    tier: str
-    chunk: bytes
-    tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Wait:
-    """One request's dealings with the lower tiers. ``began`` is when the engine first asked, ``since`` when the last chunk
-    came, ``ready`` how many had come then. ``gain`` chunks came from below or are to come, for which it waits since
-    ``paid_since``. ``left`` chunks are found to be worth it and not planned yet: with ``has_turn``, there is room for them.
-    ``served``: the engine gave it its blocks."""
-
-    arrival: int = 0
-    state: RequestState | None = None
-    first: int = 0
-    began: float | None = None
-    asked_at: float = float("-inf")
-    since: float = 0.0
-    ready: int = 0
-    gain: int = 0
-    left: int = 0
-    has_turn: bool = False
-    over: bool = False
-    served: bool = False
-    paid_since: float | None = None
-    counted: bool = False
-    asked: int = 0
-    asked_tails: set[int] = field(default_factory=set)
-    questions: list[Question] = field(default_factory=list)
-    tried: dict[tuple[str, bytes], int] = field(default_factory=dict)
-    came: set[bytes] = field(default_factory=set)
-    origins: dict[bytes, tuple[str, int]] = field(default_factory=dict)
-    held: dict[bytes, Slot] = field(default_factory=dict)
-    answer: bool = False
-    question: tuple[int, int, bool] | None = None
-    version: int = -1
-    recheck: float = 0.0
-    pending: int = 0
 
 
 @dataclass(slots=True)
@@ -451,7 +375,7 @@ class Fetches:
                     return
         unknown = self._tails_to_ask(wait, state, found.end) if self.asks is not None else []
         if unknown and self.asks is not None:
-            wait.questions = [*(wait.questions or [_ANSWERED]), self.asks.ask((), unknown)]
+            wait.questions = [*(wait.questions or [ANSWERED]), self.asks.ask((), unknown)]
 
     # ---- how long, and whether ----------------------------------------------------------------------------------
 
@@ -613,10 +537,3 @@ class Fetches:
             under = [fetch for fetch in self._under.values() if fetch.tier == tier]
             nbytes = sum(self._bytes(slot.tokens) for fetch in under for slot in fetch.slots)
             assert (pace.jobs, pace.nbytes) == (len(under), nbytes), "bytes under way are wrong"
-
-
-class _Answered:
-    pending = False
-
-
-_ANSWERED = _Answered()

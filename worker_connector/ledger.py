@@ -48,8 +48,8 @@ class Slot:
 
     ``missing`` tells, for each KV-cache group, how many of the chunk's first blocks the slot does not hold: a sliding
     window may have passed them before the chunk was full. A ``hidden`` slot is no chunk to anybody outside: it holds
-    the beginning of one, a tail of so many ``tokens``. A ``confined`` chunk is not for lower tiers; an ``approximate`` one was decoded from a lossy copy, or
-    computed on top of one, and is not for tiers that keep exact copies.
+    the beginning of one, a tail of so many ``tokens``. A ``confined`` chunk is not for lower tiers; an ``approximate`` one was
+    decoded from a lossy copy, or computed on top of one, and is not for tiers that keep exact copies.
     """
 
     __slots__ = (

@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from worker_connector.estimate import Estimator
-from worker_connector.fetches import Asks, Fetches, Wanted
+from worker_connector.fetches import Fetches
 from worker_connector.ledger import CPU, Ledger, Slot, SlotState
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.request_state import RequestState
 from worker_connector.stats import Stats
+from worker_connector.waits import Asks, Wanted
 
 OVERDUE_SECONDS = 60.0
 """An unacknowledged job keeps an idle engine stepping for no longer than this."""
