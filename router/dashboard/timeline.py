@@ -10,12 +10,13 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from kv_protocol.messages import TIERS
 from router.admission import Admission
 from router.metrics import Metrics
+from router.tallies import Spread, Tally
 
 SLOT_S = 5
 KEPT_S = 3600
@@ -28,6 +29,7 @@ SOURCES = (*TIERS, "unknown")
 _COUNTED = ("requests", "failed", "rejected", "prompt_tokens", "predicted", "exact", "over", "under")
 _SECONDS, _IN_FLIGHT, _QUEUED = 0, 1, 2
 _COUNTERS = 3
+_FAILED = _COUNTERS + 1
 _HITS = _COUNTERS + len(_COUNTED)
 _TTFT_SUM = _HITS + len(SOURCES)
 _TTFT = _TTFT_SUM + 1
@@ -44,11 +46,12 @@ class Timeline:
         self._admission = admission
         self._clock = clock
         self._slots: deque[tuple[int, array[float]]] = deque(maxlen=KEPT_S // SLOT_S)
-        self._last: dict[tuple[str, ...], float] = {}
+        self._last: dict[Tally, float] = {}
+        self._spreads: dict[Spread, tuple[float, ...]] = {}
         self._looked = clock()
         self.bounds: Sequence[float] = metrics.ttft.bounds
         self._width = _TTFT + len(self.bounds) + 1
-        self._grown()
+        deque(self._grown(), maxlen=0)  # what was counted before is not of this hour
 
     async def run(self) -> None:
         """Look once in every slot."""
@@ -80,32 +83,35 @@ class Timeline:
         return self._slots[-1][1]
 
     def _grown(self) -> Iterator[tuple[int, float]]:
-        """By column, what every series grew by. A worker's series go with it, so each is compared with itself."""
+        """By column, what the series grew by. A worker's series go with it, so each is compared with itself."""
         before, self._last = self._last, {}
-        grown: dict[int, float] = {}
-        for column, key, value in self._read():
-            self._last[key] = value
-            grown[column] = grown.get(column, 0.0) + max(0.0, value - before.get(key, 0.0))
-        return iter(grown.items())
+        for column, tally in self._tallies():
+            value = self._last[tally] = tally.value
+            if growth := value - before.get(tally, 0.0):
+                yield column, growth
+        yield from self._answered()
 
-    def _read(self) -> Iterator[tuple[int, tuple[str, ...], float]]:
+    def _answered(self) -> Iterator[tuple[int, float]]:
+        before, self._spreads = self._spreads, {}
+        for spread in self._metrics.ttft.series.values():
+            held = self._spreads[spread] = (spread.sum, *spread.counts)
+            if held != (known := before.get(spread, ())):
+                for column, (now_, then) in enumerate(zip_longest(held, known, fillvalue=0.0), _TTFT_SUM):
+                    yield column, now_ - then
+
+    def _tallies(self) -> Iterator[tuple[int, Tally]]:
         metrics = self._metrics
         for labels, tally in metrics.requests.series.items():
-            yield _COUNTERS, ("requests", *labels), tally.value
+            yield _COUNTERS, tally
             if labels[-1] >= "500":
-                yield _COUNTERS + 1, ("failed", *labels), tally.value
-        for at, family in enumerate((metrics.rejected, metrics.prompt_tokens, metrics.predicted), _COUNTERS + 2):
-            for labels, tally in family.series.items():
-                yield at, (family.name, *labels), tally.value
+                yield _FAILED, tally
+        for column, family in enumerate((metrics.rejected, metrics.prompt_tokens, metrics.predicted), _FAILED + 1):
+            for tally in family.series.values():
+                yield column, tally
         for labels, tally in metrics.predictions.series.items():
-            yield _COUNTERS + _COUNTED.index(labels[-1]), ("predictions", *labels), tally.value
+            yield _COUNTERS + _COUNTED.index(labels[-1]), tally
         for labels, tally in metrics.actual.series.items():
-            yield _HITS + SOURCES.index(labels[-1]), ("actual", *labels), tally.value
-        for labels, spread in metrics.ttft.series.items():
-            yield _TTFT_SUM, ("ttft", *labels), spread.sum
-            for number, count in enumerate(spread.counts):
-                if count:
-                    yield _TTFT + number, ("ttft", *labels, str(number)), count
+            yield _HITS + SOURCES.index(labels[-1]), tally
 
 
 def points(rows: Iterable[tuple[int, Sequence[float]]], bounds: Sequence[float], seconds: float) -> dict[str, Any]:
