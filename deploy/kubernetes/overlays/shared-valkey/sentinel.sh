@@ -24,7 +24,7 @@ sentinel announce-ip $SELF
 sentinel monitor warmroute $primary 6379 2
 sentinel auth-pass warmroute $VALKEY_PASSWORD
 sentinel down-after-milliseconds warmroute ${DOWN_AFTER_MS:-5000}
-sentinel failover-timeout warmroute 15000
+sentinel failover-timeout warmroute ${FAILOVER_MS:-15000}
 sentinel parallel-syncs warmroute 1
 CONFIGURATION
 echo "primary: $primary"
