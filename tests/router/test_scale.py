@@ -86,7 +86,8 @@ def test_simulated_streams_side_by_side_are_sound() -> None:
     async def scenario() -> None:
         workers = [await SimulatedWorker().start() for _ in range(2)]
         for worker in workers:
-            worker.words, worker.pause = 6, 0.15
+            worker.words = 6
+            worker.hold_body.clear()
         async with running_gateway(*workers) as gateway:
             loop = asyncio.get_running_loop()
             tasks = len(asyncio.all_tasks())
@@ -95,6 +96,8 @@ def test_simulated_streams_side_by_side_are_sound() -> None:
                 await loop.create_connection(lambda client=client: client, "127.0.0.1", gateway.port)  # type: ignore[misc]
             await asyncio.gather(*(client.began for client in clients))
             assert sum(worker.load.in_flight for worker in gateway.gateway.registry.workers) == 200
+            for worker in workers:
+                worker.hold_body.set()
             await asyncio.gather(*(client.ended for client in clients))
             assert all(client.is_sound(6) for client in clients)
             await nothing_is_left(gateway)

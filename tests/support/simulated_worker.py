@@ -62,6 +62,9 @@ class SimulatedWorker:
         self.die_after: int | None = None
         self.hold_head = asyncio.Event()
         self.hold_head.set()
+        self.hold_body = asyncio.Event()
+        """Unset, a stream stops after each word."""
+        self.hold_body.set()
         self.max_model_len = 100_000
         self.loras: list[str] = []
         self.takes_ids = True
@@ -353,6 +356,7 @@ class SimulatedWorker:
             event = {"id": "chatcmpl-" + headers.get("x-request-id", "none"), "choices": [{"index": 0, "delta": delta}]}
             await self._chunk(writer, b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(self.pause)
+            await self.hold_body.wait()
         usage = {"id": "chatcmpl-" + headers.get("x-request-id", "none"), "choices": [], "usage": self._usage(tokens)}
         await self._chunk(writer, b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
