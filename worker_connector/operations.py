@@ -35,7 +35,8 @@ Arguments = dict[str, Any]
 
 
 class Operations:
-    """``totals`` gives the figures since the start, ``lookups`` who looks up chunks in lower tiers, if there is one now."""
+    """``totals`` gives the figures since the start, ``lookups`` who looks up chunks in lower tiers, if there is one now,
+    ``ranks`` the state of a tier's store on every rank."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Operations:
         *,
         totals: Callable[[], Counts] = dict,
         lookups: Callable[[], Lookups | None] = lambda: None,
+        ranks: Callable[[str], list[dict[str, Any]]] = lambda _tier: [],
     ) -> None:
         self._ledger = ledger
         self._lower = lower
@@ -53,6 +55,7 @@ class Operations:
         self._tags = tags
         self._totals = totals
         self._lookups = lookups
+        self._ranks = ranks
         self._queue: deque[Callable[[], object]] = deque()
         self._warming: OrderedDict[bytes, tuple[str, bool]] = OrderedDict()
 
@@ -127,7 +130,12 @@ class Operations:
                 "capacity_chunks": self._ledger.capacity,
                 "free_chunks": self._ledger.free_slots,
                 "tiers": {
-                    name: {"bandwidth": bandwidth[name], "unwritten": self._lower.unwritten(name), **told.get(name, {})}
+                    name: {
+                        "bandwidth": bandwidth[name],
+                        "unwritten": self._lower.unwritten(name),
+                        **told.get(name, {}),
+                        "ranks": self._ranks(name),
+                    }
                     for name in self._lower.names
                 },
                 "pins": pins,

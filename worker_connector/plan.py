@@ -6,7 +6,7 @@ block ids; ranks turn it into byte copies of their own share.
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 MAX_SAMPLES = 64
 """Most transfer measurements in one report."""
@@ -136,7 +136,8 @@ class WorkerReport:
     """What ranks did since their last report. ``saved`` counts ranks per job. ``failed_loads`` names the slots whose
     bytes could not be used: none when a load only came too late. ``damaged`` are those of them whose bytes were not the
     ones that were saved. ``tiers`` are results by job, ``lost`` the chunks that a lower tier of some rank gave up, by
-    tier. ``compared`` are the largest differences on any rank, by job and slot."""
+    tier. ``compared`` are the largest differences on any rank, by job and slot, ``stores`` the state of ranks' stores by
+    rank and tier, told when it has changed."""
 
     saved: Counter[int] = field(default_factory=Counter)
     failed_saves: set[int] = field(default_factory=set)
@@ -148,6 +149,7 @@ class WorkerReport:
     tiers: dict[int, TierResult] = field(default_factory=dict)
     lost: dict[str, set[bytes]] = field(default_factory=dict)
     compared: dict[int, dict[int, float]] = field(default_factory=dict)
+    stores: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     def merge(self, other: "WorkerReport") -> None:
         """Add another rank's report to this one."""
@@ -166,6 +168,7 @@ class WorkerReport:
                 self.tiers[job] = result
         for tier, chunks in other.lost.items():
             self.lost[tier] = self.lost.get(tier, set()) | chunks
+        self.stores |= other.stores
         for job, found in other.compared.items():
             mine = self.compared.setdefault(job, {})
             mine |= {slot: max(value, mine.get(slot, 0.0)) for slot, value in found.items()}
@@ -180,4 +183,4 @@ class WorkerReport:
             or self.saves
             or self.step
         )
-        return bool(told or self.tiers or self.lost)
+        return bool(told or self.tiers or self.lost or self.compared or self.stores)

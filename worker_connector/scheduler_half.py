@@ -30,6 +30,7 @@ from worker_connector.request_controls import Controls
 from worker_connector.shape import fresh_generation, identity_of, shape_of
 from worker_connector.stats import Counts, Stats
 from worker_connector.tags import Tags
+from worker_connector.tier_figures import RankStores
 from worker_connector.tier_stores import capacity_of, open_stores, rules_of
 
 WARMUP_SECONDS = 30.0
@@ -82,13 +83,20 @@ class SchedulerHalf:
         )
 
         self.planner.lower.generation = config.weights_generation
+        self.rank_stores = RankStores()
         self.pins = Pins(self.ledger)
         self.tags = Tags(self.ledger)
         self.planner.mark = self._mark
         if config.conversation_mode:
             self.planner.turn_ended = Conversations(self.pins, config.conversation_seconds).turn_ended
         self.operations = Operations(
-            self.ledger, self.planner.lower, self.pins, self.tags, totals=self._totals, lookups=lambda: self._lookups
+            self.ledger,
+            self.planner.lower,
+            self.pins,
+            self.tags,
+            totals=self._totals,
+            lookups=lambda: self._lookups,
+            ranks=self.rank_stores.of,
         )
 
     def bind(self, manager: Any) -> None:
@@ -146,6 +154,10 @@ class SchedulerHalf:
     def absorb(self, report: WorkerReport | None, finished: Iterable[str]) -> None:
         """What the workers did in a step."""
         self._drain()
+        if report is not None and report.stores:
+            self.rank_stores.told(report.stores)
+            for name, tier, value in self.rank_stores.gauges():
+                self.stats.set(name, value, tier)
         self.planner.absorb(report, finished)
 
     def reset(self) -> None:

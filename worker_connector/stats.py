@@ -54,6 +54,9 @@ FIGURES = (
     Figure("dropped_readers", "Report readers dropped because they did not keep up."),
     Figure("relists", "Snapshots sent to report readers."),
     Figure("report_readers", "Report readers connected now.", is_gauge=True),
+    Figure("failing_ranks", "Ranks whose store does not serve now, or takes nothing.", by_tier=True, is_gauge=True),
+    Figure("store_bytes", "Bytes of the objects that ranks know in their store.", by_tier=True, is_gauge=True),
+    Figure("quarantined_objects", "Objects that ranks put aside since they started.", by_tier=True, is_gauge=True),
     Figure("held_chunks", "Chunks held now.", by_tier=True, is_gauge=True),
     Figure("capacity_chunks", "Chunks that fit.", by_tier=True, is_gauge=True),
 )
@@ -196,6 +199,8 @@ def summary(counts: Counts) -> dict[str, Any]:
         "requests_with_hit": int(_of(counts, "requests_with_hit")),
         "prompt_tokens": int(prompt_tokens),
         "hit_tokens": int(hit_tokens),
+        "compared_chunks": int(_of(counts, "compared_chunks")),
+        "different_chunks": int(_of(counts, "different_chunks")),
         "report": {name: int(_of(counts, name)) for name in ("report_readers", "dropped_readers", "relists")},
         "tiers": {tier: _tier_summary(counts, tier) for tier in _tiers(counts)},
     }

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,9 @@ from worker_connector.tier_stores import announce, divided, open_stores, slot_co
 
 IDLE_WAIT_SECONDS = 0.005
 """How long a step without a forward waits for loads, so that they are reported in it and not in a later one."""
+
+STORES_SECONDS = 1.0
+"""So often does a rank look whether the state of its stores is to be told."""
 
 _log = logging.getLogger("vllm.warmroute.worker")
 
@@ -60,6 +64,8 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._tiers: TierMovers | None = None
         self._refused: dict[int, TierResult] = {}
+        self._stores: dict[str, dict[str, Any]] = {}
+        self._stores_due = 0.0
         self._config = config
         self._cache = cache
         self._parallel = parallel
@@ -132,7 +138,8 @@ class WorkerHalf:
         transfers, step = self._transfers, self._timed_step
         told = transfers is not None and transfers.has_report
         below = self._refused or (self._tiers is not None and self._tiers.has_results)
-        if not step and not told and not below:
+        stores = self._changed_stores()
+        if not step and not told and not below and not stores:
             return None
         report = transfers.take_report() if transfers is not None and told else WorkerReport()
         report.step, self._timed_step = step, 0
@@ -141,7 +148,17 @@ class WorkerHalf:
         if self._tiers is not None:
             report.tiers |= self._tiers.take()
             report.lost = self._tiers.take_lost()
+        if stores:
+            report.stores = {self._parallel.rank: stores}
         return report
+
+    def _changed_stores(self) -> dict[str, dict[str, Any]]:
+        """The state of this rank's stores if it is another than was told last; looked at now and then."""
+        if self._tiers is None or time.monotonic() < self._stores_due:
+            return {}
+        self._stores_due = time.monotonic() + STORES_SECONDS
+        before, self._stores = self._stores, self._tiers.stores()
+        return self._stores if self._stores != before else {}
 
     def close(self) -> None:
         """End the threads and give the slab back. Safe to call more than once."""

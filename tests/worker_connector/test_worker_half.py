@@ -12,10 +12,10 @@ pytest.importorskip("torch", reason="the worker half needs torch")
 
 import torch
 
-from worker_connector.config import ConnectorConfig
+from worker_connector.config import STAGING_CHUNKS, ConnectorConfig
 from worker_connector.copier import Copier
 from worker_connector.errors import NativeUnavailable
-from worker_connector.plan import Comparison, LoadJob, SaveJob, Span, StepPlan
+from worker_connector.plan import Comparison, LoadJob, Piece, SaveJob, Span, StepPlan, TierJob
 from worker_connector.worker_half import WorkerHalf
 
 BLOCKS, PAGE, LAYERS = 40, 1024, 2
@@ -199,3 +199,38 @@ def test_closing_during_a_transfer_waits_for_it() -> None:
             half.save(StepPlan(save=SaveJob(job, [Span(job % half.slots, 0, 0, [1, 2, 3, 4])])))
     assert half._slab is None
     half.close()
+
+
+def test_lower_tiers_without_a_cpu_tier_have_room_for_some_chunks_at_least(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("worker_connector.config.STAGING_BYTES", 1)
+    below = {"enable_cpu": False, "enable_disk": True, "disk_path": str(tmp_path)}
+    with registered(cache(), **below) as half:
+        assert half.slots == STAGING_CHUNKS
+    with registered(cache(), enable_cpu=False) as half:
+        assert half.slots == 0
+
+
+@pytest.mark.parametrize(("longest", "said"), [(64 * 4, False), (64 * 5 + 1, True)])
+def test_it_is_said_where_the_longest_prompt_has_no_room(
+    longest: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
+    config = ConnectorConfig(chunk_size=64, cpu_bytes=4 * LAYERS * 4 * PAGE)
+    parallel = SimpleNamespace(world_size=1, rank=0)
+    half = WorkerHalf(config, described(), parallel, vllm_config=vllm)
+    half.register(views(cache()))
+    half.close()
+    assert half.slots == 4
+    lines = [record.getMessage() for record in caplog.records if "the longest has" in record.getMessage()]
+    assert bool(lines) == said
+    assert not said or "set cpu_bytes to 0." in lines[0]
+
+
+def test_a_rank_without_slots_has_emptied_no_tier(half: WorkerHalf) -> None:
+    half._transfers = None
+    half.load(StepPlan(tiers=[TierJob(1, "disk", "drop", [], 1.0), TierJob(2, "disk", "drop", [Piece(b"a", -1)], 1.0)]))
+    report = half.take_report()
+    assert report is not None
+    assert {job: result.failed for job, result in report.tiers.items()} == {1: {b"": "closed"}, 2: {b"a": "closed"}}
