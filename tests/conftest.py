@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.engine import Engine, serve_engine
 from tests.support.files import has_engines
 
-# How long one example takes says something about the machine, and nothing about the code.
-settings.register_profile("suite", deadline=None)
+# How long examples take says something about the machine, and nothing about the code.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 
