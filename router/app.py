@@ -45,6 +45,7 @@ from router.tls import worker_context
 from router.tracing import Tracer
 from router.turns import Turns
 from router.upstream import Timeouts, Upstream
+from router.warmup import Warmup, read_prompts
 from router.workers import Registry, Worker
 
 RECHECK_S = 30.0
@@ -101,6 +102,7 @@ class Gateway:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._asked: set[str] = set()
         self.control = Control(self, sources, siblings)
+        self._warmup = self._make_warmup()
         self.metrics.add(DiscoveryState(lambda: self.control.watches))
         endpoint = settings.otlp_traces_endpoint
         self._tracer = Tracer(endpoint, settings.trace_ratio) if endpoint else None
@@ -174,6 +176,8 @@ class Gateway:
             task.cancel()
         for prompts in self.prompts.values():
             prompts.forget(worker)
+        if self._warmup is not None:
+            self._warmup.forget(worker)
         self._spawn(self._retire(worker))
 
     @property
@@ -281,6 +285,20 @@ class Gateway:
             worker.takes_token_ids = (
                 self.settings.forward_token_ids and worker.parity == "exact" and await prompts.probe_token_ids(worker)
             )
+        if self._warmup is not None:
+            self._spawn(self._warmup.run(worker))
+
+    def _make_warmup(self) -> Warmup | None:
+        """Of several processes, one warms workers up.
+
+        Raises:
+            ConfigError: the prompts cannot be used.
+        """
+        path = self.settings.warmup_prompts
+        if not path or self.control.siblings.number:
+            return None
+        read_prompts(path)
+        return Warmup(path, self.settings.first_byte_timeout, lambda result: self.metrics.warmups.labels(result).inc())
 
     async def _loaded(self, model: str) -> None:
         """Wait until the model's tokenizer is loaded; the first to ask loads it."""

@@ -206,6 +206,7 @@ class Settings(BaseSettings):
     prompt_memory_bytes: int = Field(
         default=256 << 20, ge=0, description="tokens of earlier prompts kept for each model; 0 keeps none"
     )
+    warmup_prompts: str = Field(default="", description="file of prompts that every worker computes when it starts")
     response_headers: bool = Field(default=True, description="add x-warmroute-* headers to responses")
     max_in_flight: int = Field(default=1024, ge=1, description="requests served at once; more wait in the queue")
     max_queue: int = Field(default=1024, ge=0, description="requests that may wait; more are answered 429")

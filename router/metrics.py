@@ -58,6 +58,8 @@ class Metrics:
         self.token_counts = self._counter("token_counts", "Prompt lengths compared", "worker", "result")
         self.tokenized = self._counter("tokenized_prompts", "Who tokenized the prompts", "model", "by")
         self.config_changes = self._counter("config_changes", "Changes of settings while running", "result")
+        self.handovers = self._counter("handovers", "Leaving workers told to hand chunks over", "result")
+        self.warmups = self._counter("warmup_prompts", "Prompts computed by workers that started", "result")
         self.decisions = self._counter("decisions", "Choices by the kind of their reason", "reason")
         for kind in (*_REASONS, "first token", "other"):
             self._by_reason[kind] = self.decisions.labels(kind)
