@@ -110,9 +110,9 @@ sbom: $(SUPPLY)
 	$(SUPPLY)/bin/cyclonedx-py requirements --pyproject pyproject.toml --of JSON -o dist/warmroute-sbom.json $(IMAGE_LOCK)
 
 audit: $(SUPPLY)
-	@$(SUPPLY)/bin/pip-audit --progress-spinner off --disable-pip --require-hashes -r $(IMAGE_LOCK) || { status=$$?; \
-		echo "make audit: a finding stands above with the version that mends it (make lock UPGRADE=--upgrade); a failed"; \
-		echo "connection means that the list of known vulnerabilities (pypi.org, osv.dev) cannot be reached from here."; exit $$status; }
+	@$(SUPPLY)/bin/pip-audit --progress-spinner off --strict --disable-pip --require-hashes -r $(IMAGE_LOCK) || { status=$$?; \
+		echo "make audit: a finding stands above with the version that mends it (make lock UPGRADE=--upgrade); a failed connection"; \
+		echo "or a package that is not found means that the list of known vulnerabilities (pypi.org) cannot be reached."; exit $$status; }
 
 # With the interpreter that has PyTorch, which the virtual environment of the other targets need not have.
 gpu-check:
