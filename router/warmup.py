@@ -20,6 +20,7 @@ from router.workers import Worker
 MOST_PROMPTS = 10_000
 MOST_BYTES = 256 << 20
 _FAILURES_IN_A_ROW = 3
+_REPORT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -75,10 +76,13 @@ class Warmup:
 
     async def run(self, worker: Worker) -> None:
         """Warm a worker up, unless this process of it was met before or is being warmed up. Never raises."""
-        if worker.name in self._busy or (worker.epochs and self._met.get(worker.name) == worker.epochs):
+        if worker.name in self._busy:
             return
         self._busy.add(worker.name)
         try:
+            await self._reported(worker)
+            if worker.epochs and self._met.get(worker.name) == worker.epochs:
+                return
             bodies = await asyncio.to_thread(read_prompts, self._path)
             self._met[worker.name] = worker.epochs
             await self._send_all(worker, bodies)
@@ -90,6 +94,13 @@ class Warmup:
     def forget(self, worker: Worker) -> None:
         """A worker was removed."""
         self._met.pop(worker.name, None)
+
+    @staticmethod
+    async def _reported(worker: Worker) -> None:
+        """Wait a while for the worker's reports, which tell whether it is another process than before."""
+        ends = time.monotonic() + _REPORT_S
+        while worker.spec.report_address is not None and not worker.synced and time.monotonic() < ends:
+            await asyncio.sleep(0.05)
 
     async def _send_all(self, worker: Worker, bodies: list[dict[str, Any]]) -> None:
         began, sent, failures = time.monotonic(), 0, 0
