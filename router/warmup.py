@@ -99,7 +99,7 @@ class Warmup:
     async def _reported(worker: Worker) -> None:
         """Wait a while for the worker's reports, which tell whether it is another process than before."""
         ends = time.monotonic() + _REPORT_S
-        while worker.spec.report_address is not None and not worker.synced and time.monotonic() < ends:
+        while worker.spec.report_address is not None and not worker.synced and time.monotonic() < ends:  # noqa: ASYNC110 - plain state
             await asyncio.sleep(0.05)
 
     async def _send_all(self, worker: Worker, bodies: list[dict[str, Any]]) -> None:
