@@ -122,7 +122,7 @@ def points(rows: Iterable[tuple[int, Sequence[float]]], bounds: Sequence[float],
     """
     step = max(SLOT_S, SLOT_S * -(-int(seconds) // (MOST_POINTS * SLOT_S)))
     binned: dict[int, list[float]] = {}
-    for number, row in rows:
+    for number, row in together(rows):
         at = number * SLOT_S // step
         held = binned.get(at)
         binned[at] = list(row) if held is None else [a + b for a, b in zip(held, row, strict=True)]
@@ -136,10 +136,25 @@ def points(rows: Iterable[tuple[int, Sequence[float]]], bounds: Sequence[float],
     return {"step_s": step, "at": [at * step for at in range(first, last + 1)], **columns, "hit_rate": hits}
 
 
+def together(rows: Iterable[tuple[int, Sequence[float]]]) -> Rows:
+    """Slots of several processes made one: counts add up, the seconds they lived through do not."""
+    slots: dict[int, list[float]] = {}
+    for number, row in rows:
+        held = slots.get(number)
+        slots[number] = list(row) if held is None else _beside(held, row)
+    return sorted(slots.items())
+
+
+def _beside(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    both = [a + b for a, b in zip(one, other, strict=True)]
+    both[_SECONDS] = max(one[_SECONDS], other[_SECONDS])
+    return both
+
+
 def now(rows: Iterable[tuple[int, Sequence[float]]], bounds: Sequence[float]) -> dict[str, Any]:
     """The figures of all the rows together."""
     total: list[float] | None = None
-    for _, row in rows:
+    for _, row in together(rows):
         total = list(row) if total is None else [a + b for a, b in zip(total, row, strict=True)]
     return _figures(total, bounds)
 

@@ -75,7 +75,7 @@ async def fleet(count: int, **settings: Any) -> AsyncIterator[RunningGateway]:
         await CachingWorker(chunk_size=CHUNK, gpu_chunks=60, cpu_chunks=600, prefill=50_000, decode=0.005).start()
         for _ in range(count)
     ]
-    async with running_gateway(*workers, **settings) as gateway:
+    async with running_gateway(*workers, **{"report_heartbeat": 5.0, **settings}) as gateway:
         yield gateway
 
 

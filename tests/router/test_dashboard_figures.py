@@ -96,7 +96,7 @@ def test_points_cover_the_whole_time_and_add_up_processes() -> None:
     assert told["step_s"] == 60
     assert len(told["at"]) == 60
     assert told["at"][-1] == 60_000
-    assert told["requests_per_s"][-1] == 2.0  # 16 in the 8 seconds that both covered
+    assert told["requests_per_s"][-1] == 4.0  # 16 in the 4 seconds that both lived through
     assert told["ttft_p50_s"] == [None] * 60
     assert points([], line.bounds, 300) == {"step_s": 5, "at": []}
 

@@ -83,10 +83,15 @@ const app = {
     this.wake();
   },
 
-  wake() {
+  /** Asks for one thing first: whoever may not have it may have nothing. */
+  async wake() {
     this.stream?.abort();
-    for (const poll of this.polls) poll.now();
-    if (!document.hidden && this.open) this.follow((this.stream = new AbortController()));
+    const stream = (this.stream = new AbortController());
+    const [first, ...others] = this.polls;
+    await first.now();
+    if (document.hidden || !this.open || stream !== this.stream) return;
+    for (const poll of others) poll.now();
+    this.follow(stream);
   },
 
   async follow(controller) {

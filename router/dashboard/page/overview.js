@@ -5,7 +5,7 @@ import { $, TIERS, TIER_NAMES, bytes, compact, count, fill, h, none, percent, pl
 
 export class Overview {
   constructor() {
-    this.minutes = 15;
+    this.minutes = 5;
     this.hits = new Chart($("hit-chart"), {
       id: "hits", title: "Hit rate by tier", about: "Share of prompt tokens that were reused instead of computed",
       series: [...TIERS.map((tier) => ({ name: tier, label: TIER_NAMES[tier], kind: "bar", rare: tier !== "gpu" })), { name: "predicted", label: "Predicted", kind: "line" }],
