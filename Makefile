@@ -16,7 +16,7 @@ WHEEL := $(STAMPS)/wheel
 LOCK := .ci/requirements.txt
 IMAGE_LOCK := deploy/requirements.txt
 SUPPLY := $(STAMPS)/supply
-SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed') pyproject.toml README.md \
+SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed' -o -path '*/page/*') pyproject.toml README.md \
 	CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test check unit wheel lock sbom audit gpu-check clean
@@ -25,7 +25,7 @@ demo: $(STAMPS)/package
 	$(BIN)/pip install --quiet openai
 	$(BIN)/warmroute demo $(ARGS)
 
-test: check $(STAMPS)/engine $(STAMPS)/servers $(STAMPS)/bench
+test: check $(STAMPS)/engine $(STAMPS)/servers $(STAMPS)/browser $(STAMPS)/bench
 	cd $(STAMPS)/bench && ../../bin/python -m pytest $(PROCESSES) $(ARGS)
 
 check: $(STAMPS)/tools
@@ -33,7 +33,7 @@ check: $(STAMPS)/tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(STAMPS)/tools $(STAMPS)/servers $(STAMPS)/bench
+unit: $(STAMPS)/tools $(STAMPS)/servers $(STAMPS)/browser $(STAMPS)/bench
 	cd $(STAMPS)/bench && ../../bin/python -m pytest -m 'not engine' $(PROCESSES) $(ARGS)
 
 # The tests run from a copy, so that what they import is the installed package and not the sources beside them.
@@ -83,6 +83,14 @@ $(STAMPS)/servers: $(STAMPS)/venv
 		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends redis-server libibverbs1; } || \
 		echo "no redis-server or libibverbs here: tests of remote stores will be skipped"
+	touch $@
+
+# The browser that the dashboard's tests visit it with; without one they are skipped and say so.
+$(STAMPS)/browser: $(STAMPS)/venv
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo "no Chromium here: tests of the dashboard in a browser will be skipped"
 	touch $@
 
 wheel: $(STAMPS)/package
