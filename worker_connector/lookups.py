@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kv_protocol.identity import in_generation
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.errors import StoreUnavailable
 from worker_connector.ledger import Ledger
 from worker_connector.lower import TierRules
+from worker_connector.tails import tail_identity
 from worker_connector.tier_figures import figures_of
 from worker_connector.tiers.base import Entry, Store, pages
 
@@ -30,6 +31,7 @@ _SLICE = 512
 _YIELD_SECONDS = 0.0002
 
 _identity_in = lru_cache(1024)(in_generation)
+_tail_identity = lru_cache(1024)(tail_identity)
 
 _log = logging.getLogger("vllm.warmroute.tiers")
 
@@ -53,6 +55,15 @@ class Pending:
         self._left -= 1
         if not self._left and self._ended is not None:
             self._ended.set()
+
+
+class _Sought(NamedTuple):
+    """A question that a tier is asked: chunks and tails, and until when somebody waits for the answer."""
+
+    chunks: Sequence[bytes]
+    tails: Sequence[bytes]
+    question: Pending
+    until: float
 
 
 class Scope(Protocol):
@@ -110,13 +121,13 @@ class Lookups:
             for each in rules
         ]
 
-    def ask(self, chunks: Sequence[bytes]) -> Pending:
-        """Have every tier look for these chunks. Returns at once."""
+    def ask(self, chunks: Sequence[bytes], tails: Sequence[bytes] = ()) -> Pending:
+        """Have every tier look for these chunks and tails. Returns at once."""
         until = time.monotonic() + self._timeout
         question = Pending(len(self._tiers), until, self._ended)
         self._asked.append(question)
         for tier in self._tiers:
-            tier.ask(chunks, question, until)
+            tier.ask(_Sought(chunks, tails, question, until))
         return question
 
     def wait(self, seconds: float) -> None:
@@ -172,7 +183,7 @@ class _TierLookups:
         self._found = found
         self._wake = threading.Condition()
         self._stop = threading.Event()
-        self._questions: deque[tuple[Sequence[bytes], Pending, float]] = deque()
+        self._questions: deque[_Sought] = deque()
         self._threads = [
             threading.Thread(target=work, name=f"warmroute-{name}-{what}", daemon=True)
             for what, work, on in (("lookup", self._answer, True), ("list", self._list, rules.listed))
@@ -184,12 +195,12 @@ class _TierLookups:
     def figures(self) -> dict[str, Any]:
         return {"scanned": self.scanned, "questions": len(self._questions), **figures_of(self._store)}
 
-    def ask(self, chunks: Sequence[bytes], question: Pending, until: float) -> None:
+    def ask(self, sought: _Sought) -> None:
         with self._wake:
             if len(self._questions) >= _MOST_QUESTIONS:
-                question.answered()
+                sought.question.answered()
                 return
-            self._questions.append((chunks, question, until))
+            self._questions.append(sought)
             self._wake.notify()
 
     def list_again(self) -> None:
@@ -210,28 +221,34 @@ class _TierLookups:
                 self._wake.wait_for(lambda: self._questions or self._stop.is_set())
                 if self._stop.is_set():
                     return
-                chunks, question, until = self._questions.popleft()
+                sought = self._questions.popleft()
             present: list[bytes] = []
             generation = self._scope.generation
             try:
-                present = self._present(chunks, generation, until) if time.monotonic() < until else []
+                present = self._present(sought, generation) if time.monotonic() < sought.until else []
             except Exception:  # noqa: BLE001 - this thread goes on, whatever happens
                 _log.exception("A look-up in tier %s failed", self.name)
             with self._ledger.lock:
                 if generation == self._scope.generation:
-                    present = self._scope.may_be_found(self.name, present)
-                    self._ledger.stored(self.name, present, self._most)
-                question.answered()
+                    present, tails = self._scope.may_be_found(self.name, present), set(sought.tails)
+                    self._ledger.stored(self.name, [each for each in present if each not in tails], self._most)
+                    self._ledger.tails_stored(self.name, [each for each in present if each in tails], self._most)
+                sought.question.answered()
 
     def _names_in(self, generation: str, chunk: bytes) -> list[ObjectKey]:
         names = self._names(chunk)
         return [name._replace(identity=_identity_in(name.identity, generation)) for name in names]
 
-    def _present(self, chunks: Sequence[bytes], generation: str, until: float) -> list[bytes]:
-        """Those of ``chunks`` of which every rank's object is there."""
-        keys = [str(key) for chunk in chunks for key in self._names_in(generation, chunk)]
+    def _tail_names_in(self, generation: str, tail: bytes) -> list[ObjectKey]:
+        return [name._replace(identity=_tail_identity(name.identity)) for name in self._names_in(generation, tail)]
+
+    def _present(self, sought: _Sought, generation: str) -> list[bytes]:
+        """What of that is there, every rank's object of it."""
+        names = [*(self._names_in(generation, chunk) for chunk in sought.chunks)]
+        names += (self._tail_names_in(generation, tail) for tail in sought.tails)
+        chunks = [*sought.chunks, *sought.tails]
         try:
-            outcomes = self._store.exists(keys, until)
+            outcomes = self._store.exists([str(key) for ranks in names for key in ranks], sought.until)
         except StoreUnavailable as error:
             _log.debug("Look-up in tier %s: %s", self.name, error)
             return []

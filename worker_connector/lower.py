@@ -9,7 +9,8 @@ hit:
 - A fetch reserves slots, which are invisible until every rank has verified what it read. A copy that is missing or bad is
   taken out of the record, and the next tier is asked for it.
 - A chunk is written down once it is ready in the CPU tier: at once (``through``), or when slots run short (``back``).
-  Its slot is pinned meanwhile. Where writing cannot keep up, chunks stay unwritten; nothing waits.
+  Its slot is pinned meanwhile. Where writing cannot keep up, chunks stay unwritten; nothing waits. So is a prompt's tail,
+  of which nobody outside hears. It stays below when the chunk is whole: others may go on differently.
 
 Chunks computed under a LoRA adapter stay above: their hash binds the adapter's name, not its content.
 
@@ -220,7 +221,7 @@ class LowerTiers:
     def committed(self, slots: Iterable[Slot]) -> None:
         """These chunks are ready in the CPU tier: they may be written below. O(tiers) each."""
         for slot in slots if self._may_save else ():
-            if slot.hidden or slot.confined or slot.forgotten:
+            if slot.confined or slot.forgotten or (slot.tokens and not self.fetches.unit):
                 continue
             for name, rules in self._tiers.items():
                 if rules.writes != "none" and not rules.second_touch:
@@ -233,7 +234,7 @@ class LowerTiers:
                 continue
             for chunk in chunks:
                 slot = self._ledger.lookup(chunk)
-                if slot is not None and not slot.hidden and not slot.confined:
+                if slot is not None and not slot.confined and (not slot.tokens or self.fetches.unit):
                     self._remember(name, slot)
 
     def _remember_above(self, tier: str, slot: Slot) -> None:
@@ -247,7 +248,7 @@ class LowerTiers:
     def _remember(self, tier: str, slot: Slot) -> None:
         if self._is_too_exact(tier, slot):
             return
-        if tier not in self._ledger.below(slot.chunk) and slot.chunk not in self._writing[tier]:
+        if not self._is_below(tier, slot) and slot.chunk not in self._writing[tier]:
             self._unwritten[tier][slot.chunk] = slot
             self._drop_forgotten(tier)
 
@@ -261,8 +262,12 @@ class LowerTiers:
                 self._leave(tier, slot)
 
     def _is_too_exact(self, tier: str, slot: Slot) -> bool:
-        """Whether a chunk would be taken for an exact copy there, and is none."""
-        return slot.approximate and not self._tiers[tier].lossy
+        """Whether a chunk would be taken for an exact copy there, and is none. A tail always would: it is kept raw."""
+        return slot.approximate and (bool(slot.tokens) or not self._tiers[tier].lossy)
+
+    def _is_below(self, tier: str, slot: Slot) -> bool:
+        """Whether a tier has what a slot holds, as far as is known."""
+        return tier in (self._ledger.tail_below(slot.chunk) if slot.tokens else self._ledger.below(slot.chunk))
 
     def _may_write(self, tier: str) -> bool:
         if not self._unwritten[tier] or self._paused.get(tier, 0.0) > self._clock():
@@ -290,11 +295,11 @@ class LowerTiers:
                 break  # those that move or are handed over come first
             chunk, slot = unwritten.popitem(last=False)
             self._urgent[tier].discard(chunk)
-            if slot.forgotten or slot.state is not SlotState.READY or tier in self._ledger.below(chunk):
+            if slot.forgotten or slot.state is not SlotState.READY or self._is_below(tier, slot):
                 self._leave(tier, slot)
                 continue
             self._ledger.pin(slot)
-            pairs.append((Piece(chunk, slot.index, slot.missing), slot))
+            pairs.append((Piece(chunk, slot.index, slot.missing, slot.tokens), slot))
         if pairs:
             self._writing[tier].update(piece.chunk for piece, _ in pairs)
             self._send(tier, "write", pairs)
@@ -493,9 +498,12 @@ class LowerTiers:
         self._writing[job.tier].difference_update(piece.chunk for piece in job.pieces)
         for slot in ended.slots:
             self._ledger.unpin(slot)
-        written = [slot.chunk for slot in ended.slots if slot.chunk not in result.failed]
+        done = [slot for slot in ended.slots if slot.chunk not in result.failed]
+        written = [slot.chunk for slot in done]
         if job.generation == self.generation:
-            self._ledger.stored(job.tier, written, self._tiers[job.tier].most)
+            most = self._tiers[job.tier].most
+            self._ledger.stored(job.tier, [slot.chunk for slot in done if not slot.tokens], most)
+            self._ledger.tails_stored(job.tier, [slot.chunk for slot in done if slot.tokens], most)
         else:
             # Meanwhile these chunks may have come anew, or their weights have got another name.
             self.committed(filter(None, map(self._ledger.lookup, written)))

@@ -139,6 +139,7 @@ class Planner:
             clock=clock,
         )
         self._unit = self._saves.unit
+        self.lower.fetches.unit = self._unit if self._unit < config.chunk_size else 0
         self._next_loads: list[LoadJob] = []
         self._taken_blocks: list[int] = []
         self._admitted: list[Message] = []
@@ -552,7 +553,7 @@ class Planner:
             used = state.extend()[: computed // self._size]
             self.ledger.touch(reversed(used))
             self.ledger.raise_priority(used, state.controls.priority)
-            self.lower.touched(used)
+            self.lower.touched([*used, *(state.wanted[-1:] if state.loaded else ())])
 
     def _loaded_from(self, state: RequestState, loaded: int) -> dict[str, int]:
         """Loaded tokens by the tier from which their chunks were brought for this request."""

@@ -1,4 +1,4 @@
-"""The worker half of the lower tiers: moves whole chunks between slots and stores, and decides nothing.
+"""The worker half of the lower tiers: moves chunks and tails between slots and stores, and decides nothing.
 
 Each tier has one thread that fetches and one that writes; the stores read and write in parallel behind them. What is
 fetched is verified in its slot before it is reported, by the store's thread that read it, while others still read; a copy
@@ -47,6 +47,7 @@ from worker_connector.errors import (
 from worker_connector.native import Encoding
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.slot_codec import SlotCodec
+from worker_connector.tails import Runs, gather, spread, tail_identity, tail_shape
 from worker_connector.tier_figures import state_of
 from worker_connector.tiers.base import Outcome, Sink, Source, Status, Store, pages
 from worker_connector.tiers.said import Said
@@ -118,24 +119,25 @@ class Tier:
 class _Examination:
     """What is to become of an object that is fetched into ``block`` and ``room``."""
 
-    def __init__(self, movers: "TierMovers", name: str, chunk: bytes, room: memoryview) -> None:
+    def __init__(self, movers: "TierMovers", name: str, piece: Piece, room: memoryview) -> None:
         self.block = bytearray(HEADER_BYTES)
         self.room = room
         self._movers = movers
         self._name = name
-        self._chunk = chunk
+        self._piece = piece
 
     def examine(self, size: int) -> Header | Exception:
         """The header of an object that may be used, or why it may not."""
         try:
-            return self._movers.open(self._name, self._chunk, self.block, self.room, size)
+            return self._movers.open(self._name, self._piece, self.block, self.room, size)
         except Exception as error:  # noqa: BLE001 - told on the tier's thread, whatever it is
             return error
 
 
 class TierMovers:
     """``slots`` is the slab's memory, ``slot_bytes`` each; it must outlive this object. ``slot_codec`` has the encodings that
-    suit this engine, None where only raw chunks are read and written; it is closed with this object.
+    suit this engine, None where only raw chunks are read and written; it is closed with this object. ``runs`` tells where the
+    blocks lie in a slot; without it there are no tails.
 
     Raises:
         ConfigurationError: a tier's codec does not suit this engine.
@@ -148,7 +150,10 @@ class TierMovers:
         slot_bytes: int,
         shape: Shape,
         slot_codec: SlotCodec | None = None,
+        *,
+        runs: Runs | None = None,
     ) -> None:
+        self._runs = runs
         packed = slot_codec.packed_bytes if slot_codec is not None else {}
         for name, tier in tiers.items():
             if slot_codec is not None:
@@ -204,9 +209,10 @@ class TierMovers:
         """Chunks of this engine's generation that a store gave up by itself since the last call, by tier. After ``take``: what was written
         and lost since then is told in the same report."""
         own, lost = self._shape.of(self._generation).identity, {}
+        both = (own, tail_identity(own))
         for name, tier in self._tiers.items():
             if units := tier.store.take_lost():
-                lost[name] = {unit[len(own) :] for unit in units if unit.startswith(own)}
+                lost[name] = {unit[len(own) :] for unit in units if unit.startswith(both)}
         return {name: chunks for name, chunks in lost.items() if chunks}
 
     def stores(self) -> dict[str, dict[str, Any]]:
@@ -286,8 +292,8 @@ class TierMovers:
 
     def _fetch(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         store = self._tiers[name].store
-        keys = [str(self._shape.key(piece.chunk)) for piece in pieces]
-        examinations = [_Examination(self, name, piece.chunk, self._slot(piece.slot)) for piece in pieces]
+        keys = [self._key(piece) for piece in pieces]
+        examinations = [_Examination(self, name, piece, self._slot(piece.slot)) for piece in pieces]
         sinks = [Sink(each.block, each.room, examine=each.examine) for each in examinations]
         try:
             outcomes = store.get(keys, sinks, deadline)
@@ -311,14 +317,16 @@ class TierMovers:
         if bad:
             self._discard(store, bad)
 
-    def open(self, name: str, chunk: bytes, block: bytearray, room: memoryview, size: int) -> Header:
+    def open(self, name: str, piece: Piece, block: bytearray, room: memoryview, size: int) -> Header:
         """The header of an object that was read into ``block`` and ``room``, which is then its slot's raw content. On any
         thread.
 
         Raises:
             BadObject: nothing of it may be used.
         """
-        wanted = self._shape.wanted(chunk, self._readable[name])
+        if piece.tokens:
+            return self._open_tail(piece, block, room, size)
+        wanted = self._shape.wanted(piece.chunk, self._readable[name])
         header = read_header(block)
         verify(header, wanted, size)
         if header.codec.encoding is Encoding.RAW or self._codec is None:
@@ -334,6 +342,33 @@ class TierMovers:
         except Corrupt as error:
             raise BadObject(Check.DECODING, str(error)) from error
         return header
+
+    def _open_tail(self, piece: Piece, block: bytearray, room: memoryview, size: int) -> Header:
+        shape, runs = self._shape_of(piece), self._runs
+        assert runs is not None, "a tail has a shape where it has places only"
+        header = read_header(block)
+        verify(header, shape.wanted(piece.chunk), size)
+        unpack_in_place(header, room)
+        spread(room, runs, [section.blocks for section in shape.sections])
+        return header
+
+    def _shape_of(self, piece: Piece) -> Shape:
+        """What a piece's object is like.
+
+        Raises:
+            Corrupt: it is a tail that this engine cannot have.
+        """
+        if not piece.tokens:
+            return self._shape
+        if self._runs is None:
+            raise Corrupt("a tail is to be moved, and nothing is known of where blocks lie in a slot")
+        try:
+            return tail_shape(self._shape, piece.tokens)
+        except ValueError as error:
+            raise Corrupt(f"there is no such tail: {error}") from error
+
+    def _key(self, piece: Piece) -> str:
+        return str(self._shape_of(piece).key(piece.chunk))
 
     @contextmanager
     def _aside(self, packed: memoryview) -> Iterator[memoryview]:
@@ -367,7 +402,7 @@ class TierMovers:
     def _write(self, name: str, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         tier = self._tiers[name]
         sources = [self._source(name, piece, number, result) for number, piece in enumerate(pieces)]
-        keys = [str(self._shape.key(piece.chunk)) for piece in pieces]
+        keys = [self._key(piece) for piece in pieces]
         try:
             outcomes = tier.store.put(keys, sources, deadline, tier.ttl)
         finally:
@@ -383,6 +418,9 @@ class TierMovers:
         """The object of a slot, the ``number``-th of its call of the store. What is stored as it is gets its header, for which
         all of it is read, when the store's turn comes to it."""
         tier, slot = self._tiers[name], self._slot(piece.slot)
+        if piece.tokens:
+            sealed = self._seal_tail(name, piece, number)
+            return Source(sealed.header, sealed.payload)
         if tier.codec != Codec():
             sealed = self._seal(name, piece, number, result)
             return Source(sealed.header, sealed.payload)
@@ -409,6 +447,15 @@ class TierMovers:
                 result.incompressible += 1
         return seal(held, slot[: self._shape.payload_bytes], Codec(Encoding.RAW, compression), **options)
 
+    def _seal_tail(self, name: str, piece: Piece, number: int) -> Sealed:
+        """The object of a tail: raw, whatever the tier's encoding, since that is not for parts of slots."""
+        tier, shape, runs = self._tiers[name], self._shape_of(piece), self._runs
+        assert runs is not None, "a tail has a shape where it has places only"
+        room = self._room(f"{name} tail", number, shape.payload_bytes)
+        gather(self._slot(piece.slot), runs, [section.blocks for section in shape.sections], room)
+        codec = Codec(Encoding.RAW, tier.codec.compression)
+        return seal(shape.held(piece), room, codec, ttl=tier.ttl, level=tier.level)
+
     def _room(self, use: str, number: int, size: int) -> memoryview:
         """Memory of one thread that is used again: to touch so much for the first time costs more than to fill it."""
         room = self._rooms.get((use, number))
@@ -418,7 +465,7 @@ class TierMovers:
 
     def _drop(self, store: Store, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         if pieces:
-            store.delete([str(self._shape.key(piece.chunk)) for piece in pieces], deadline)
+            store.delete([self._key(piece) for piece in pieces], deadline)
             return
         for page in pages(store, self._stop, _PAGE_SECONDS):
             own = [entry.key for entry in page.entries if self._is_own(entry.key)]
@@ -432,7 +479,8 @@ class TierMovers:
             parsed = ObjectKey.parse(key)
         except ValueError:
             return False
-        return parsed == self._shape.key(parsed.chunk)
+        own = self._shape.key(parsed.chunk)
+        return parsed in (own, own._replace(identity=tail_identity(own.identity)))
 
     def _discard(self, store: Store, bad: Mapping[str, str]) -> None:
         key, reason = next(iter(bad.items()))

@@ -22,6 +22,7 @@ from worker_connector.plan import SaveJob, StepPlan, TierResult, WorkerReport
 from worker_connector.regions import SlotLayout, group_regions
 from worker_connector.shape import shape_of
 from worker_connector.slab import Slab
+from worker_connector.tails import runs_of
 from worker_connector.tier_movers import TierMovers
 from worker_connector.tier_stores import announce, divided, open_stores, slot_codec_of, tiers_of
 
@@ -259,7 +260,9 @@ class WorkerHalf:
             cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
             codec = slot_codec_of(config, self._cache, layout, cache_dtype=cache_dtype, kv_caches=kv_caches)
             shape = divided(shape, self._cache, kv_caches)
-            self._tiers = TierMovers(tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape, codec)
+            self._tiers = TierMovers(
+                tiers_of(config, open_stores(config)), memory, layout.slot_bytes, shape, codec, runs=runs_of(layout)
+            )
             self.objects = shape.key(bytes(HASH_BYTES))
             if self._parallel.rank == 0:
                 announce(config)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.worker_connector.scripted_engine import CHUNK, Request, prompt
+from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Request, prompt
 from tests.worker_connector.tiered_engine import TieredEngine
 from worker_connector.estimate import MIN_PREFILL_TOKENS
 from worker_connector.fetch_pace import FetchPace
 from worker_connector.fetches import FETCHES_AT_ONCE, JOBS_OF_BYTES
+from worker_connector.lower import TierRules
 from worker_connector.request_state import RequestState
 
 MIB = 1 << 20
@@ -69,18 +70,10 @@ def test_what_was_evicted_unused_is_fetched_again_and_not_for_ever() -> None:
         request = engine.add("late", prompts[0])
         engine.step()
         engine.hold_tiers = False
-        match, lost = engine.planner.match, []
-
-        def lose_first(asked: Any, computed: int, match: Any = match, lost: list[int] = lost) -> Any:
-            if len(lost) < 1:  # before the engine may have any of it
-                lost.append(engine.ledger.counts()["cpu"])
-                engine.lose_cpu()
-            return match(asked, computed)
-
         engine.step()
-        engine.planner.match = lose_first  # type: ignore[method-assign]
+        assert engine.ledger.counts()["cpu"] == 6
+        engine.lose_cpu()  # before the engine has any of it
         engine.run()
-        engine.planner.match = match  # type: ignore[method-assign]
         assert request.loads == 1
         lose(engine)
 
@@ -316,3 +309,88 @@ def test_while_a_request_queues_what_a_look_up_found_is_fetched() -> None:
         reader.step()
     assert reader.ledger.counts()["cpu"] == 4
     reader.planner.finished("queued")
+
+
+# ---- tails ----------------------------------------------------------------------------------------------------------
+
+TAIL = 2 * BLOCK
+
+
+def with_tail(seed: int, chunks: int = 5) -> list[int]:
+    return prompt(seed, chunks * CHUNK + TAIL + 1)
+
+
+def test_the_tail_of_a_prompt_comes_back_from_below() -> None:
+    engine, tokens = TieredEngine(blocks=200), with_tail(30)
+    engine.serve("a", tokens)
+    assert engine.ledger.counts() == {"gpu": 0, "cpu": 5, "disk": 5}, "nobody outside hears of a tail"
+    lose(engine)
+    request = engine.serve("b", tokens)
+    assert request.loads == 1
+    assert admitted(engine) == {"disk": 5 * CHUNK + TAIL}
+    assert len({job.job for plan in engine.plans for job in plan.tiers if job.kind == "fetch"}) == 1
+
+
+def admitted(engine: TieredEngine) -> dict[str, int]:
+    found: dict[str, int] = [each.hit_tokens for each in engine.messages if type(each).__name__ == "Admitted"][-1]
+    return found
+
+
+def test_another_engine_finds_the_tail_by_looking_it_up_also_of_a_prompt_that_goes_on() -> None:
+    writer, tokens = TieredEngine(blocks=200), with_tail(31)
+    writer.serve("a", tokens)
+    for more in ([], prompt(32, 2 * CHUNK)):
+        reader = TieredEngine(blocks=200)
+        reader.stores, reader.planner.lower.asks = writer.stores, reader
+        reader.delay = lambda: 2
+        request = reader.add("b", [*tokens, *more])
+        for _ in range(100):
+            reader.step()
+            reader.answer()
+        assert request.loads == 1
+        assert admitted(reader) == {"disk": 5 * CHUNK + TAIL}
+
+
+def test_nobody_waits_for_the_look_up_of_a_tail() -> None:
+    engine, tokens = TieredEngine(blocks=200), with_tail(33)
+    engine.serve("a", tokens)
+    lose(engine)
+    engine.ledger.removed("disk", [chunk for chunk in engine.chunks_in("disk") if engine.ledger.tail_below(chunk)])
+    engine.planner.lower.asks = engine
+    request = engine.serve("b", tokens)  # nobody answers
+    assert engine.questions
+    assert request.loads == 1
+    assert admitted(engine) == {"disk": 5 * CHUNK}
+
+
+@pytest.mark.parametrize("cause", ["missing", "bad"])
+def test_a_tail_that_is_bad_is_computed_and_off_the_record(cause: str) -> None:
+    engine, tokens = TieredEngine(blocks=200), with_tail(34)
+    engine.serve("a", tokens)
+    lose(engine)
+    (tail,) = [chunk for chunk in engine.chunks_in("disk") if engine.ledger.tail_below(chunk)]
+    engine.fail = lambda job, chunk, _rank: cause if (job.kind, chunk) == ("fetch", tail) else ""
+    assert engine.serve("b", tokens).loads == 1
+    assert admitted(engine) == {"disk": 5 * CHUNK}
+    engine.fail = lambda job, _chunk, _rank: "full" if job.kind == "write" else ""
+    assert not engine.ledger.tail_below(tail) or engine.chunks_in("disk")
+
+
+def test_a_tail_is_written_only_where_its_tier_admits_it() -> None:
+    engine = TieredEngine(blocks=200, rules=(TierRules(name="disk", second_touch=True),))
+    tokens = with_tail(35)
+    engine.serve("a", tokens)
+    assert not engine.chunks_in("disk")
+    engine.reset_prefix_cache()
+    engine.serve("b", tokens)
+    assert len(engine.chunks_in("disk")) == 6
+
+
+def test_an_approximate_tail_is_written_nowhere() -> None:
+    engine = TieredEngine(blocks=200, rules=(TierRules(name="disk", lossy=True),))
+    lower, slot = engine.planner.lower, engine.ledger.reserve(bytes(16), tokens=BLOCK, approximate=True)
+    assert slot is not None
+    engine.ledger.commit(slot)
+    lower.committed([slot])
+    engine.run()
+    assert not engine.chunks_in("disk")

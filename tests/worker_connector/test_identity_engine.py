@@ -61,7 +61,7 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def served(engine: EngineProcess) -> tuple[list[int], int]:
     (answer,) = engine.serve(prompt(1, LENGTH))
-    return answer["tokens"], answer["cached"]
+    return answer["tokens"], answer["cached"] // CHUNK * CHUNK  # a tail comes too if it is found in time
 
 
 def test_engines_that_are_alike_share(alike: Alike) -> None:

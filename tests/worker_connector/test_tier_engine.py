@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.engine, needs_redis]
 
 
 def chunks_in(tokens: int) -> int:
+    """Tokens of a prompt that surely come from a lower tier. Those of its tail come too if they are found in time."""
     return tokens // CHUNK * CHUNK
 
 
@@ -159,7 +160,7 @@ def cold(shared: Shared) -> dict[int, list[int]]:
 def test_what_one_engine_computed_another_loads_from_redis(shared: Shared, cold: dict[int, list[int]]) -> None:
     (answer,) = shared.two.serve(prompt(0))
     assert answer["tokens"] == cold[0]
-    assert answer["cached"] == chunks_in(LONG)
+    assert answer["cached"] >= chunks_in(LONG)
     assert shared.two.stats()["tiers"]["remote"]["hit_tokens"] >= chunks_in(LONG)
 
 
@@ -169,7 +170,7 @@ def test_and_the_other_way_round_at_the_same_time(shared: Shared) -> None:
     shared.two.call("settle")
     (mine,) = shared.one.serve(prompt(50))
     assert mine["tokens"] == theirs["tokens"]
-    assert mine["cached"] == chunks_in(LONG)
+    assert mine["cached"] >= chunks_in(LONG)
 
 
 def test_a_spoilt_copy_is_refused_and_an_undetectable_one_changes_the_tokens(
@@ -190,7 +191,7 @@ def test_a_spoilt_copy_is_refused_and_an_undetectable_one_changes_the_tokens(
         harm_values(server, forged, random.Random(2))
     shared.two.lose()
     (fooled,) = shared.two.serve(prompt(1))
-    assert fooled["cached"] == chunks_in(LONG)
+    assert fooled["cached"] >= chunks_in(LONG)
     assert fooled["tokens"] != cold[1]
     for server in shared.redis:
         command(server.port, "FLUSHALL")
@@ -209,7 +210,7 @@ def test_one_of_two_replicas_is_dead(shared: Shared, cold: dict[int, list[int]])
         assert max(found["gaps"]) < DEADLINE
         cached.append(found["answers"][0]["cached"])
         shared.two.lose()
-    assert chunks_in(LONG) in cached
+    assert max(cached) >= chunks_in(LONG)
     shared.redis[0].start()
 
     def is_written_again() -> bool:
@@ -227,11 +228,12 @@ def times(engine: EngineProcess, seeds: range) -> tuple[float, float]:
         (first,) = engine.serve(prompt(seed), tokens=1)
         engine.lose()
         (again,) = engine.serve(prompt(seed), tokens=1)
-        if again["cached"] == chunks_in(LONG):  # less where writing did not keep up with the machine's other work
+        if again["cached"] >= chunks_in(LONG):  # less where writing did not keep up with the machine's other work
             cold.append(first["seconds"])
             warm.append(again["seconds"])
     assert len(cold) >= len(seeds) // 2
     middle = statistics.median(cold) * 1e3, statistics.median(warm) * 1e3
+    print(f"{again['cached']} tokens cached")
     print(f"TTFT of 5,000 tokens: cold {middle[0]:.1f} ms, warm {middle[1]:.1f} ms, 1/{middle[0] / middle[1]:.1f}")
     return min(cold), min(warm)
 
@@ -240,7 +242,7 @@ def times(engine: EngineProcess, seeds: range) -> tuple[float, float]:
 def test_redis_answers_in_a_fraction_of_the_time(shared: Shared) -> None:
     shared.one.call("settle")
     seconds = times(shared.two, range(100, 107))
-    assert seconds[1] <= seconds[0] / 5  # on a machine that does other work; docs/performance.md has figures
+    assert seconds[1] <= seconds[0] / 6  # on a machine that does other work; docs/performance.md has figures
 
 
 @pytest.fixture(scope="module")
@@ -256,13 +258,13 @@ def restarted(shared: Shared, cold: dict[int, list[int]]) -> Iterator[EngineProc
 def test_a_restart_keeps_the_disk_tier(restarted: EngineProcess, cold: dict[int, list[int]]) -> None:
     (answer,) = restarted.serve(prompt(3))
     assert answer["tokens"] == cold[3]
-    assert answer["cached"] == chunks_in(LONG)
+    assert answer["cached"] >= chunks_in(LONG)
     assert restarted.stats()["tiers"]["disk"]["hit_tokens"] >= chunks_in(LONG)
 
 
 def test_the_disk_answers_in_a_fraction_of_the_time(restarted: EngineProcess) -> None:
     seconds = times(restarted, range(200, 207))
-    assert seconds[1] <= seconds[0] / 5  # on a machine that does other work; docs/performance.md has figures
+    assert seconds[1] <= seconds[0] / 6  # on a machine that does other work; docs/performance.md has figures
 
 
 def test_what_is_not_on_disk_comes_from_s3(
@@ -272,7 +274,7 @@ def test_what_is_not_on_disk_comes_from_s3(
     restarted.lose()
     (answer,) = restarted.serve(prompt(4))
     assert answer["tokens"] == cold[4]
-    assert answer["cached"] == chunks_in(LONG)
+    assert answer["cached"] >= chunks_in(LONG)
     assert restarted.stats()["tiers"]["remote"]["hit_tokens"] >= chunks_in(LONG)
 
 
@@ -293,7 +295,8 @@ def test_other_weights_under_the_same_name_get_nothing(restarted: EngineProcess,
             assert answer["tokens"] != first["tokens"]
             engine.lose()
             (again,) = engine.serve(prompt(310))
-            assert (again["cached"], again["tokens"]) == (chunks_in(LONG), answer["tokens"])
+            assert again["cached"] >= chunks_in(LONG)
+            assert again["tokens"] == answer["tokens"]
             assert engine.stats()["tiers"]["disk"].get("damaged_chunks", 0) == 0
     finally:
         shutil.rmtree(shared.model)
@@ -367,7 +370,7 @@ class Harmed:
             tokens, cold = self.written(disk=disk)
             (answer,) = self.engine.serve(tokens, tokens=16)
             assert answer["tokens"] == cold
-            if answer["cached"] == chunks_in(SHORT) and (not disk or files_of(self.directory)):
+            if answer["cached"] >= chunks_in(SHORT) and (not disk or files_of(self.directory)):
                 return
             assert time.monotonic() < until, f"the tier did not recover: {answer['cached']} tokens were cached"
             time.sleep(0.3)

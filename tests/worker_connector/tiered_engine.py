@@ -59,6 +59,8 @@ class TieredEngine(Engine):
             for tier in self.stores:
                 found = [chunk for chunk in question.chunks if self.has(tier, chunk)]
                 self.planner.ledger.stored(tier, self.planner.lower.may_be_found(tier, found))
+                tails = [tail for tail in question.tails if self.has(tier, tail)]
+                self.planner.ledger.tails_stored(tier, self.planner.lower.may_be_found(tier, tails))
             question.pending = False
         self.questions.clear()
 
