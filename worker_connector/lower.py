@@ -30,7 +30,8 @@ from typing import Literal
 from worker_connector.estimate import Estimator
 from worker_connector.fetches import Fetches
 from worker_connector.ledger import CPU, Ledger, Slot, SlotState
-from worker_connector.plan import Piece, TierJob, TierResult
+from worker_connector.pins_below import DISK, PinsBelow
+from worker_connector.plan import Piece, TierJob, TierKind, TierResult
 from worker_connector.request_state import RequestState
 from worker_connector.stats import Stats
 from worker_connector.waits import Asks, Wanted
@@ -132,6 +133,7 @@ class LowerTiers:
         self._emptying: dict[str, int] = {}
         self._dropping: dict[str, dict[bytes, int]] = {name: {} for name in self._tiers}
         self._empty_again: dict[str, float] = {}
+        self.pins_below = PinsBelow()
         self._next_job = 0
         self._outbox: list[TierJob] = []
         for name in self._tiers:
@@ -163,7 +165,11 @@ class LowerTiers:
     @property
     def has_work(self) -> bool:
         """Whether the next plan has something for a lower tier."""
-        return bool(self._outbox) or self.fetches.has_work or any(self._may_write(name) for name in self._tiers)
+        return (
+            bool(self._outbox or self.pins_below)
+            or self.fetches.has_work
+            or any(self._may_write(name) for name in self._tiers)
+        )
 
     @property
     def fetch_room(self) -> int:
@@ -311,6 +317,8 @@ class LowerTiers:
         for name in [name for name, due in self._empty_again.items() if due <= self._clock()]:
             self.drop(name)
         self.fetches.plan_step()
+        for kind, chunks in self.pins_below.take() if self.pins_below and DISK in self._tiers else ():
+            self._send(DISK, kind, [(Piece(chunk, -1), None) for chunk in chunks])
         for name in self._tiers:
             if self._may_write(name):
                 self._write(name)
@@ -371,6 +379,7 @@ class LowerTiers:
             self._urgent[name].clear()
             self._leaving[name] &= self._writing[name]
             self._dropping[name].clear()
+        self.pins_below.begin_again()
         self._emptying.clear()
         self._empty_again.clear()
         self.fetches.clear()
@@ -443,9 +452,7 @@ class LowerTiers:
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
-    def _send(
-        self, tier: str, kind: Literal["fetch", "write", "drop"], pairs: Sequence[tuple[Piece, Slot | None]]
-    ) -> int:
+    def _send(self, tier: str, kind: TierKind, pairs: Sequence[tuple[Piece, Slot | None]]) -> int:
         self._next_job += 1
         seconds = self._tiers[tier].deadline if kind == "fetch" else WRITE_SECONDS
         job = TierJob(self._next_job, tier, kind, [piece for piece, _ in pairs], seconds, self.generation)
@@ -460,9 +467,9 @@ class LowerTiers:
             self._end_fetch(ended)
         elif job.kind == "write":
             self._end_write(ended)
-        elif job.generation == self.generation:
+        elif job.kind == "drop" and job.generation == self.generation:
             self._end_drop(job, result)
-        for cause in result.failed.values():
+        for cause in result.failed.values() if job.kind in ("fetch", "write") else ():
             self._stats.tier_failed(job.tier, job.kind, cause)
         if result.failed and len(result.failed) == len(job.pieces) and _STORE_WIDE & set(result.failed.values()):
             self._paused[job.tier] = self._clock() + PAUSE_SECONDS

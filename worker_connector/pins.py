@@ -1,4 +1,4 @@
-"""Chunks that are kept from eviction from the CPU tier, each until its time.
+"""Chunks that are kept from eviction from the CPU and the disk tier, each until its time.
 
 A pin belongs to a chunk's name, not to a slot: it holds while the chunk comes and goes, and one that is set before the
 chunk is there counts from its arrival. Pins end by themselves. Since a pinned slot serves nobody else, no more chunks than
@@ -40,6 +40,8 @@ class Pins:
         self._until: dict[bytes, float] = {}
         self._ends: list[tuple[float, bytes]] = []
         ledger.pinned = self._until
+        self.changed: Callable[[list[bytes], bool], object] = lambda _chunks, _pinned: None
+        """Told, under the lock, which chunks are pinned now or no longer."""
 
     def __len__(self) -> int:
         return len(self._until)
@@ -65,6 +67,7 @@ class Pins:
                 taken.append(chunk)
                 if before is None or until > before or not extend:
                     self._set(chunk, until)
+            self.changed(taken, True)
             waiting = sum(self._ledger.lookup(chunk) is None for chunk in taken)
             return Pinned(self._ledger.keep(taken), waiting, refused)
 
@@ -73,6 +76,7 @@ class Pins:
         with self._ledger.lock:
             ended = [chunk for chunk in dict.fromkeys(chunks) if self._until.pop(chunk, None) is not None]
             self._ledger.keep(ended, keep=False)
+            self.changed(ended, False)
             self._compact()
             return len(ended)
 

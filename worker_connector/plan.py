@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+TierKind = Literal["fetch", "write", "drop", "pin", "unpin"]
+
 MAX_SAMPLES = 64
 """Most transfer measurements in one report."""
 
@@ -66,12 +68,13 @@ class Piece:
 @dataclass(slots=True)
 class TierJob:
     """Chunks between slots and a lower tier: ``fetch`` fills slots, ``write`` reads them, ``drop`` deletes the tier's
-    copies, all of this engine's identity where it names none. ``deadline`` is in seconds from when its turn comes, ``generation``
+    copies, all of this engine's identity where it names none; ``pin`` and ``unpin`` keep copies from the tier's own eviction or no
+    longer, where it can (``unpin`` without names: all). ``deadline`` is in seconds from when its turn comes, ``generation``
     that of the weights whose KV it moves: a job keeps the one it was planned in, on every rank and whenever it runs."""
 
     job: int
     tier: str
-    kind: Literal["fetch", "write", "drop"]
+    kind: TierKind
     pieces: list[Piece]
     deadline: float
     generation: str = ""

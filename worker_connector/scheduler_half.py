@@ -4,6 +4,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,7 +22,7 @@ from worker_connector.gpu_tier import GpuTier
 from worker_connector.ledger import CPU, GPU, Ledger
 from worker_connector.lookups import Lookups
 from worker_connector.operations import Operations
-from worker_connector.pins import REQUESTS_SHARE, Pins
+from worker_connector.pins import MOST_SHARE, REQUESTS_SHARE, Pins
 from worker_connector.plan import StepPlan, WorkerReport
 from worker_connector.planner import Planner
 from worker_connector.regions import SlotLayout, group_regions
@@ -31,7 +32,7 @@ from worker_connector.shape import fresh_generation, identity_of, shape_of
 from worker_connector.stats import Counts, Stats
 from worker_connector.tags import Tags
 from worker_connector.tier_figures import RankStores
-from worker_connector.tier_stores import capacity_of, open_stores, rules_of
+from worker_connector.tier_stores import DISK, capacity_of, open_stores, rules_of
 
 WARMUP_SECONDS = 30.0
 """How long an engine without requests keeps stepping for lower tiers to be listed, so that it can warm up."""
@@ -63,6 +64,7 @@ class SchedulerHalf:
         self._ranks = vllm_config.parallel_config.world_size
         self._gpu: GpuTier | None = None
         self._server: ReportServer | None = None
+        self._awaits_ranks = False
         self._manager: Any = None
         self._gauges_due = 0.0
         self._held: dict[str, int] = {}
@@ -84,11 +86,14 @@ class SchedulerHalf:
 
         self.planner.lower.generation = config.weights_generation
         self.rank_stores = RankStores()
+        below = self.planner.lower.pins_below
+        below.most = self._most_pins_below()
         self.pins = Pins(self.ledger)
         self.tags = Tags(self.ledger)
         self.planner.mark = self._mark
         if config.conversation_mode:
             self.planner.turn_ended = Conversations(self.pins, config.conversation_seconds).turn_ended
+        self.pins.changed = lambda chunks, pinned: below.changed(chunks, pinned=pinned)
         self.operations = Operations(
             self.ledger,
             self.planner.lower,
@@ -124,6 +129,17 @@ class SchedulerHalf:
         self._start_server()
         self._look_below(objects)
 
+    def await_ranks(self) -> None:
+        """Start once the ranks have said in their first step what they have; until then nothing is kept or reported."""
+        self._awaits_ranks = True
+        _log.info("Another connector has the handshake: tiers and reports begin with the engine's first step")
+
+    def introduced(self, slots: Iterable[int], objects: Sequence[ObjectKey | None]) -> None:
+        """What the ranks said in their first step."""
+        if self._awaits_ranks:
+            self._awaits_ranks = False
+            self.start(slots, objects)
+
     def added(self, request: Any) -> None:
         """The engine got a request."""
         self._empty_gpu_if_stale()
@@ -131,7 +147,7 @@ class SchedulerHalf:
 
     def plan_step(self, output: Any) -> StepPlan:
         """The step's plan for the workers."""
-        if self._server is None:
+        if self._server is None and not self._awaits_ranks:
             self._start_server()
         self._drain()
         if self._warm_until:
@@ -234,6 +250,13 @@ class SchedulerHalf:
             if (pool := self._block_pool()) is not None:
                 pool.reset_prefix_cache()
             self.planner.gpu_emptied()
+
+    def _most_pins_below(self) -> int:
+        """How many chunks may be pinned in the disk tier, so that there is always room for others."""
+        if self._layout is None or not self.config.enable_disk:
+            return 0
+        raw = replace(self.config, disk_codec="raw")
+        return int(MOST_SHARE * capacity_of(DISK, raw, self._layout.payload_bytes, self._ranks))
 
     def _block_pool(self) -> Any:
         return getattr(self._manager, "block_pool", self._manager)

@@ -45,6 +45,7 @@ from worker_connector.errors import (
     StoreUnavailable,
 )
 from worker_connector.native import Encoding
+from worker_connector.pins_below import Keeper
 from worker_connector.plan import Piece, TierJob, TierResult
 from worker_connector.slot_codec import SlotCodec
 from worker_connector.tails import Runs, gather, spread, tail_identity, tail_shape
@@ -169,6 +170,7 @@ class TierMovers:
         self._rooms: dict[tuple[str, int], bytearray] = {}
         self._spare: list[bytearray] = []
         self._tiers = dict(tiers)
+        self._keepers = {name: Keeper() for name in tiers}
         self._slots = slots
         self._slot_bytes = slot_bytes
         self._shape = shape
@@ -268,6 +270,10 @@ class TierMovers:
         tier = self._tiers[job.tier]
         if job.kind == "drop":
             self._drop(tier.store, job.pieces, deadline, result)
+            return
+        if job.kind in ("pin", "unpin"):
+            keep = self._keepers[job.tier].pin if job.kind == "pin" else self._keepers[job.tier].unpin
+            keep(tier.store, [str(self._shape.key(piece.chunk)) for piece in job.pieces])
             return
         move = self._fetch if job.kind == "fetch" else self._write
         most = self._at_once(job.kind, tier)
