@@ -1,7 +1,9 @@
 """What Dockerfile and compose files say is held against the code: no image can be built here."""
 
 import fnmatch
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,9 +92,6 @@ def test_images_run_as_ordinary_users_with_a_health_check(stage: Stage) -> None:
 
 def test_a_health_check_tells_well_from_unwell() -> None:
     """The very command of the image, against a port where nothing is."""
-    import os
-    import subprocess
-
     from router.demo_fleet import free_port
 
     code = re.search(r'"-c", "(.*)"\]$', ROUTER.only("HEALTHCHECK"))
@@ -202,3 +201,30 @@ def test_the_ignore_list_keeps_what_is_built_here_out() -> None:
             fnmatch.fnmatch(path, pattern.removeprefix("**/")) or path.endswith(pattern.removeprefix("**/"))
             for pattern in refused
         )
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ("compose-spec", "deploy/compose.yaml"),
+        ("github-workflows", ".github/workflows/ci.yml"),
+        ("dependabot", ".github/dependabot.yml"),
+    ],
+)
+def test_files_of_others_formats_keep_to_their_schemas(schema: str, path: str) -> None:
+    pytest.importorskip("check_jsonschema")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(ROOT / path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_workflow_names_actions_by_commit_and_targets_that_exist() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    uses = re.findall(r"uses: (\S+)", text)
+    assert uses
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", each) for each in uses), uses
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    matrix = set(re.findall(r"target: (\w+)}", text))
+    assert matrix == {"router", "worker"} <= set(STAGES)
