@@ -57,14 +57,16 @@ class LossyEngine(TieredEngine):
             spoilt = is_approximate(content)
             assert lossy or not spoilt, "an exact tier got what is not exact"
             self.written[job.tier, "approximate" if spoilt else "exact"] += 1
-            if lossy:
+            if piece.tokens:
+                assert not spoilt, "a tail is kept raw, and taken for exact"
+            elif lossy:
                 kept: Any = {
                     place: {at: Approximate(token) for at, token in held.items()} for place, held in content.items()
                 }
                 store[under.rank, piece.chunk] = missing, kept
         if job.kind == "fetch" and lossy:
             result = self._next_report.tiers[job.job]
-            result.lossy |= {piece.chunk for piece in job.pieces} - result.failed.keys()
+            result.lossy |= {piece.chunk for piece in job.pieces if not piece.tokens} - result.failed.keys()
 
 
 def remembers(engine: LossyEngine) -> bool:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.worker_connector.scripted_engine import CHUNK, Engine
+from tests.worker_connector.scripted_engine import BLOCK, CHUNK, PER_CHUNK, Engine
 from worker_connector.lower import TierRules
-from worker_connector.plan import StepPlan, TierJob, TierResult
+from worker_connector.plan import Piece, StepPlan, TierJob, TierResult
 
 _HASH = 16
 Content = dict[tuple[int, int], dict[int, tuple[int, int]]]
@@ -106,7 +106,7 @@ class TieredEngine(Engine):
             if cause:
                 result.failed[piece.chunk] = cause
             if job.kind == "write" and not cause:
-                store[under.rank, name] = (piece.missing, self._read(under.rank, piece.slot))
+                store[under.rank, name] = (piece.missing, self._read(under.rank, piece))
             if job.kind == "fetch":
                 missing, content = found if found is not None and not cause else ((), {})
                 self._fill(under.rank, piece.slot, content)
@@ -126,8 +126,11 @@ class TieredEngine(Engine):
             if rank == under.rank and own and (not named or name[:_HASH] in named):
                 del store[rank, name]
 
-    def _read(self, rank: int, slot: int) -> Content:
-        return {(group, at): dict(held) for (index, group, at), held in self.slots[rank].items() if index == slot}
+    def _read(self, rank: int, piece: Piece) -> Content:
+        """Of a tail, what it has; behind it lies what was in the slot before."""
+        blocks = piece.tokens // BLOCK or PER_CHUNK
+        held = self.slots[rank].items()
+        return {(group, at): dict(block) for (slot, group, at), block in held if slot == piece.slot and at < blocks}
 
     def _fill(self, rank: int, slot: int, content: Content) -> None:
         """What was in the slot is gone; what failed leaves nothing of use."""
