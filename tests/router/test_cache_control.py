@@ -105,7 +105,7 @@ def test_simulated_workers_that_fail_are_entries_and_hold_nobody_up(monkeypatch:
             await dead.kill()
             began = asyncio.get_running_loop().time()
             entries = await post(gateway, "clear", tier="disk")
-            assert asyncio.get_running_loop().time() - began < 3
+            assert asyncio.get_running_loop().time() - began < 10
             assert entries["a"]["result"] == {"operation": "clear"}
             assert entries["b"]["error"] == "it has no report port"
             assert "no answer within 0.5 s" in entries["c"]["error"]

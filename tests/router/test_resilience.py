@@ -210,7 +210,7 @@ def test_a_worker_that_accepts_no_connection_is_given_up_in_time() -> None:
             started = time.monotonic()
             with pytest.raises(ConnectFailed, match="accepted no connection within"):
                 await upstream.fetch("GET", "/health", timeout=9)
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 7
             upstream.close()
         finally:
             for item in (full, *fillers):

@@ -171,7 +171,7 @@ def test_settling_what_ended_or_never_began_does_not_wait() -> None:
         bench.until(lambda: bench.report.saved[1] == 1)
         began = time.monotonic()
         bench.transfers.settle([1, 7])
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 4
 
 
 def test_a_save_that_takes_too_long_fails_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_waiting_for_loads_ends_with_them_or_with_the_timeout() -> None:
         bench.load("a", 1, [1, 2, 3, 4])
         began = time.monotonic()
         bench.transfers.wait_for_loads(0.05)
-        assert 0.04 < time.monotonic() - began < 2
+        assert 0.04 < time.monotonic() - began < 5
         GatedCopier.gate.set()
         bench.transfers.wait_for_loads(DEADLINE)
         bench.collect()

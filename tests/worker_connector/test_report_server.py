@@ -487,7 +487,7 @@ def test_closing_says_goodbye_and_is_quick() -> None:
         began = time.monotonic()
         server.close()
         server.close()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8
         assert reader.until(Bye).reason == "the worker is shutting down"
         assert not server.readers
         source.change()  # an engine that goes on publishing is not disturbed

@@ -117,7 +117,7 @@ def test_a_master_that_stops_dies_and_comes_back(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable) as caught:
             store.get(["k"], [Sink(slot)], soon())
         assert caught.value.cause in ("timeout", "unreachable")
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 6
         assert not answers(store)
         slot[:] = b"---"
         master.kill()

@@ -116,4 +116,4 @@ def test_a_peer_that_is_silent_costs_the_deadline() -> None:
         began = time.monotonic()
         with pytest.raises((TimeoutError, redis_exceptions.TimeoutError)):
             wire.land(Sink(bytearray(1000)))
-        assert 0.1 < time.monotonic() - began < 1.0
+        assert 0.1 < time.monotonic() - began < 8
