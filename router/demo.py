@@ -310,7 +310,8 @@ def _keep_serving(console: Console, fleet: Fleet) -> None:
     body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16})
     console.print(f"\nServing on [bold]{url}[/] until Ctrl-C. Try it:\n")
     console.print(f"curl -i {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'", soft_wrap=True)
-    console.print(f"curl {url}/admin/workers\n", soft_wrap=True)
+    console.print(f"curl {url}/admin/workers", soft_wrap=True)
+    console.print(f"and in a browser: {url}/dashboard\n", soft_wrap=True)
     while True:
         for child in (*fleet.engines, fleet.gateway):
             if child.process.poll() is not None:

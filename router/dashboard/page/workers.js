@@ -111,7 +111,7 @@ function show(row, worker) {
 function occupancy({ tier, chunks, capacity, chunk_bytes }) {
   const size = `${compact(chunks)}${capacity ? ` of ${compact(capacity)}` : ""} chunks`;
   const text = `${TIER_NAMES[tier]}: ${size}, ${bytes(chunks * chunk_bytes)}`;
-  return h("li", { title: text }, h("span", {}, TIER_NAMES[tier]), tierBar([[tier, chunks]], capacity || chunks || 1, text), h("small", { class: "muted" }, capacity ? percent(chunks / capacity) : compact(chunks)));
+  return h("li", { title: text }, h("span", {}, TIER_NAMES[tier]), tierBar([[tier, chunks]], capacity || chunks || 1, text), h("small", { class: "muted" }, capacity ? percent(Math.min(1, chunks / capacity)) : compact(chunks)));
 }
 
 function trusted(worker) {
