@@ -82,11 +82,12 @@ def settings_of(overlay: str, made: Workload, root: Path) -> Settings:
     mounted(overlay, made, root)
     container = made.container("router")
     environ = values(container, LITERALS)
-    flags = serve_flags(command(container, environ))
+    flags = flags_of(command(container, environ))
     return load({}, environ, str(root) + flags["config"])
 
 
-def serve_flags(words: list[str]) -> dict[str, Any]:
+def flags_of(words: list[str]) -> dict[str, Any]:
+    """As the program's own parser reads them."""
     program, name, *arguments = words
     assert program == "warmroute"
     group: Any = typer.main.get_command(app)
@@ -256,8 +257,13 @@ def test_workers_may_finish_before_they_are_killed(overlay: str) -> None:
         (patience,) = [
             int(word.partition("=")[2]) for word in container["args"] if word.startswith("--shutdown-timeout=")
         ]
-        pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert made.spec["terminationGracePeriodSeconds"] > pause + patience + 10
+        drain = flags_of(container["lifecycle"]["preStop"]["exec"]["command"])
+        assert made.spec["terminationGracePeriodSeconds"] > drain["deadline"] + patience
+        own = [port["containerPort"] for port in container["ports"] if port["name"] in ("http", "engine")]
+        assert drain["url"] == f"http://127.0.0.1:{own[0]}"
+        reports = made.ports().get("reports")
+        assert drain["reports"] == (f"127.0.0.1:{reports}" if reports else "none")
+        assert "VLLM_API_KEY" in values(container, LITERALS), "an engine is asked with its key"
 
 
 @every_overlay
@@ -390,4 +396,4 @@ for line in json.load(sys.stdin):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("300") == len(lines)
+    assert re.findall(r" 30$", done.stdout, re.MULTILINE) == [" 30"] * len(lines)
