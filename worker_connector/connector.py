@@ -47,13 +47,16 @@ _PLAIN = StepMetadata(PLAIN)
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Workers to scheduler half, in steps that have something to tell."""
+    """Workers to scheduler half, in steps that have something to tell. ``ranks`` is what each rank says of itself in its
+    first step: of several connectors in one engine, vLLM's handshake carries the first one's word only."""
 
     report: WorkerReport = field(default_factory=WorkerReport)
+    ranks: list["Handshake"] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerMetadata":
         assert isinstance(other, WorkerMetadata)
         self.report.merge(other.report)
+        self.ranks += other.ranks
         return self
 
 
@@ -80,6 +83,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._failed_blocks: set[int] = set()
+        self._is_introduced = False
         if role is KVConnectorRole.SCHEDULER:
             # The scheduler reads this right after it made the connector. A cache that cannot deliver must cost
             # computing, never the request, which is what vLLM's default would make of it.
@@ -114,8 +118,12 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.bind(gpu_block_pool)
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[Any, Any]) -> None:
-        if self._scheduler is not None:
-            ranks = list(metadata.values())
+        if self._scheduler is None:
+            return
+        ranks = [rank for rank in metadata.values() if isinstance(rank, Handshake)]
+        if len(ranks) < len(metadata):
+            self._scheduler.await_ranks()
+        else:
             self._scheduler.start([rank.slots for rank in ranks], [rank.objects for rank in ranks])
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
@@ -144,6 +152,8 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         meta, finished = connector_output.kv_connector_worker_meta, connector_output.finished_recving
         if meta is None and not finished:
             return  # vLLM goes on to take_events, which publishes
+        if isinstance(meta, WorkerMetadata) and meta.ranks:
+            self._scheduler.introduced([rank.slots for rank in meta.ranks], [rank.objects for rank in meta.ranks])
         report = meta.report if isinstance(meta, WorkerMetadata) else None
         self._scheduler.absorb(report, finished or ())
 
@@ -177,7 +187,11 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        return Handshake(self._worker.slots, self._worker.objects) if self._worker is not None else None
+        return self._handshake(self._worker) if self._worker is not None else None
+
+    @staticmethod
+    def _handshake(worker: WorkerHalf) -> Handshake:
+        return Handshake(worker.slots, worker.objects)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
@@ -226,6 +240,9 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         report = self._worker.take_report() if self._worker is not None else None
+        if self._worker is not None and not self._is_introduced:
+            self._is_introduced = True
+            return WorkerMetadata(report or WorkerReport(), [self._handshake(self._worker)])
         return WorkerMetadata(report) if report is not None else None
 
     # ---- both halves --------------------------------------------------------------------------------------------
