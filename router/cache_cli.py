@@ -100,7 +100,7 @@ def pin(
     report_token: ReportToken = "",
     as_json: Json = False,
 ) -> None:
-    """Keep a prompt's chunks from eviction from the CPU tier."""
+    """Keep a prompt's chunks from eviction from the CPU tier and the workers' disks."""
     where = _Where(url, worker, at, token, report_token)
     _run("pin", where, what=request, chunks=chunk, as_json=as_json, tag=tag, seconds=seconds)
 

@@ -213,7 +213,7 @@ class Operations:
     # ---- what stays ---------------------------------------------------------------------------------------------
 
     def pin(self, arguments: Arguments) -> dict[str, int]:
-        """Keep chunks from eviction from the CPU tier, for ``seconds`` or until they are unpinned."""
+        """Keep chunks from eviction from the CPU and the disk tier, for ``seconds`` or until they are unpinned."""
         _only(arguments, "chunks", "tag", "seconds")
         return self._pins.pin(self._chosen(arguments, needed=True), _seconds(arguments))._asdict()
 

@@ -68,3 +68,61 @@ def test_objects_are_called_what_the_ranks_call_them(half: SchedulerHalf, monkey
     for silent in ([], [None, None], told[:1]):
         names = half._names_of(silent, None)  # type: ignore[arg-type]
         assert names == [ObjectKey(bytes([7]) * 16, bytes(16), rank, 2, 0) for rank in (0, 1)]
+
+
+class Pool:
+    """As vLLM's BlockPool, as far as a reset goes."""
+
+    enable_caching = False
+
+    def __init__(self) -> None:
+        self.used = 0
+        self.cached_block_hash_to_block = {1: 1}
+
+    def get_usage(self) -> float:
+        return self.used / 10
+
+    def reset_prefix_cache(self) -> bool:
+        if not self.used:
+            self.cached_block_hash_to_block = {}
+        return not self.used
+
+
+def test_a_reset_makes_the_weights_a_generation_of_their_own(half: SchedulerHalf) -> None:
+    pool = Pool()
+    half.bind(pool)
+    fill(half, 3)
+    pool.reset_prefix_cache()
+    half.reset()
+    first = half.planner.lower.generation
+    assert (half.ledger.counts()[CPU], half.planner.is_stale) == (0, False)
+    half.reset()
+    assert first
+    assert half.planner.lower.generation not in ("", first)
+
+
+def test_what_a_reset_could_not_empty_is_emptied_when_no_request_runs(half: SchedulerHalf) -> None:
+    pool = Pool()
+    half.bind(pool)
+    pool.used = 3
+    half.reset()
+    half.drain_and_publish()
+    assert half.planner.is_stale
+    pool.used = 0
+    half.drain_and_publish()
+    assert (half.planner.is_stale, pool.cached_block_hash_to_block) == (False, {})
+    pool.cached_block_hash_to_block = {1: 1}
+    half.reset()
+    assert half.planner.is_stale
+    half.added(
+        SimpleNamespace(request_id="a", prompt_token_ids=[1], num_prompt_tokens=1, num_tokens=1, lora_request=None)
+    )
+    assert not half.planner.is_stale
+
+
+def test_it_is_said_which_rank_keeps_all_from_keeping_anything(
+    half: SchedulerHalf, caplog: pytest.LogCaptureFixture
+) -> None:
+    half.start([8, 0])
+    assert any("rank 1 has no room" in record.getMessage() for record in caplog.records)
+    assert half.ledger.capacity == 0
