@@ -13,6 +13,7 @@ import random
 import resource
 import tracemalloc
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +22,29 @@ from worker_connector.estimate import Estimator
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
 from worker_connector.lower import LowerTiers, TierRules
-from worker_connector.plan import TierResult
+from worker_connector.plan import TierJob, TierResult
 from worker_connector.stats import Stats
 
 SLOTS = 256
 STEP = 16
+UNIT = 64
 CAUSES = ("missing", "bad", "timeout", "full")
 
 
 class Turnover:
     """``held`` chunks are kept on record for each tier."""
 
-    def __init__(self, held: int, *, seed: int = 1, ranks: int = 1, fail: float = 0.02, slots: int = SLOTS) -> None:
+    def __init__(
+        self,
+        held: int,
+        *,
+        seed: int = 1,
+        ranks: int = 1,
+        fail: float = 0.02,
+        slots: int = SLOTS,
+        late: float = 0.0,
+    ) -> None:
+        self.late = late
         self.random = random.Random(seed)
         self.ledger = Ledger(LeastRecentlyUsed())
         self.ledger.set_capacity(slots)
@@ -58,6 +70,8 @@ class Turnover:
         self.operations = 0
         self.names = 0
         self.known: list[bytes] = []
+        self.lower.fetches.unit = UNIT
+        self.under: list[list[TierJob]] = [[] for _ in range(ranks)]
         self.waiting: dict[str, Any] = {}
 
     def step(self) -> None:
@@ -107,8 +121,9 @@ class Turnover:
         slots = []
         self.known = [*self.known, *chunks][-200:]
         self.operations += 2 * len(chunks)
-        for chunk in chunks:
-            slot = self.ledger.reserve(chunk)
+        tails = tails_behind(chunks)
+        for chunk in [*chunks, *self.random.sample(tails, 1)]:
+            slot = self.ledger.reserve(chunk, tokens=UNIT * (tails.index(chunk) + 1) if chunk in tails else 0)
             if slot is None:
                 continue
             if self.random.random() < self.fail:
@@ -116,7 +131,7 @@ class Turnover:
             else:
                 self.ledger.commit(slot)
                 slots.append(slot)
-        self.turnovers += len(slots)
+        self.turnovers += sum(not slot.tokens for slot in slots)
         self.lower.committed(slots)
 
     def _want(self, chunks: list[bytes]) -> None:
@@ -124,7 +139,13 @@ class Turnover:
         request = SimpleNamespace(request_id=str(self.names))
         controls = SimpleNamespace(priority=0)
         state: Any = SimpleNamespace(
-            request=request, adapter=None, eligible=True, chunks=chunks, extend=lambda: chunks, controls=controls
+            request=request,
+            adapter=None,
+            eligible=True,
+            chunks=chunks,
+            extend=lambda: chunks,
+            tails=lambda at, _unit: tails_behind(chunks[:at]),
+            controls=controls,
         )
         self.waiting[request.request_id] = state
         self.lower.bring(state, 0, ahead=self.random.random() < 0.3)
@@ -140,9 +161,13 @@ class Turnover:
 
     def _results(self, rank: int) -> dict[int, TierResult]:
         if not rank:
-            self._jobs = self.lower.plan_step()
+            planned = self.lower.plan_step()
+            for under in self.under:
+                under.extend(planned)
         results = {}
-        for job in self._jobs:
+        late = [job for job in self.under[rank] if self.random.random() < self.late]
+        ended, self.under[rank] = [job for job in self.under[rank] if job not in late], late
+        for job in ended:
             self.operations += len(job.pieces)
             failed = {
                 piece.chunk: self.random.choice(CAUSES) for piece in job.pieces if self.random.random() < self.fail
@@ -153,6 +178,11 @@ class Turnover:
     def check(self) -> None:
         self.ledger.check()
         self.lower.check()
+
+
+def tails_behind(chunks: list[bytes]) -> list[bytes]:
+    """Names of the beginnings of the chunk behind these."""
+    return [sha256(chunks[-1] + bytes([units])).digest()[:16] for units in range(1, 4)]
 
 
 def bookkeeping(held: int) -> float:

@@ -23,7 +23,7 @@ def test_the_process_does_not_grow_with_what_was_turned_over() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_random_operations_leave_every_invariant_whole(ranks: int) -> None:
-    turnover = Turnover(40, seed=ranks, ranks=ranks, fail=0.2, slots=24)
+    turnover = Turnover(40, seed=ranks, ranks=ranks, fail=0.2, slots=24, late=0.3)
     while turnover.operations < OPERATIONS:
         turnover.step()
         turnover.check()
