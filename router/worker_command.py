@@ -234,24 +234,25 @@ def _own_url(flags: EngineFlags, router: str) -> str:
         )
     host = flags.value("--host") or ""
     if host in _ANY:
-        host = _address_towards(router)
+        # Without an address vLLM listens on IPv4 alone.
+        host = _address_towards(router, socket.AF_UNSPEC if host == "::" else socket.AF_INET)
     scheme = "https" if flags.has("--ssl-keyfile", "--ssl-certfile") else "http"
     return f"{scheme}://{_bracketed(host)}:{_port(flags)}"
 
 
-def _address_towards(router: str) -> str:
+def _address_towards(router: str, family: socket.AddressFamily) -> str:
     """The address of this machine from which packets to the router leave; none is sent."""
     parts = urlsplit(router)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
+        found, kind, protocol, _, address = socket.getaddrinfo(
+            parts.hostname, parts.port or 80, family, type=socket.SOCK_DGRAM
         )[0]
-        with socket.socket(family, kind, protocol) as probe:
+        with socket.socket(found, kind, protocol) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
-            f"{parts.hostname} of --router {router} cannot be found: {error.strerror or error}. "
+            f"{parts.hostname} of --router {router} cannot be found or reached: {error.strerror or error}. "
             "Mend the name, or say with --advertise http://HOST:PORT how routers reach this worker"
         ) from error
 

@@ -89,6 +89,15 @@ def test_a_worker_is_registered_as_routers_reach_it() -> None:
     assert command[7:] == ["--ttl", "9.0"]
 
 
+def test_a_worker_is_where_vllm_listens() -> None:
+    def worker(*tokens: str) -> str:
+        return launch("m", *tokens, routers=["http://localhost:8080"]).registration[6].partition(",")[0]
+
+    assert worker() == worker("--host", "0.0.0.0") == "http://127.0.0.1:8000"
+    assert worker("--host", "127.0.0.1", "--ssl-keyfile", "k") == "https://127.0.0.1:8000"
+    assert worker("--host", "::1") == "http://[::1]:8000"
+
+
 def test_a_worker_for_other_machines_reports_beyond_its_own() -> None:
     routers = ["http://127.0.0.1:8080"]
     launched = launch("m", routers=routers, advertise="https://10.1.2.3:8443", environ=TOKEN)
@@ -112,7 +121,7 @@ def test_a_worker_for_other_machines_reports_beyond_its_own() -> None:
         ),
         ((), {"advertise": "ftp://10.1.2.3"}, TOKEN, "a worker is http://HOST:PORT"),
         ((), {"routers": ["router:8080"]}, {}, "--router is http://HOST:PORT"),
-        ((), {"routers": ["http://no-such-host.invalid:1"]}, {}, "cannot be found"),
+        ((), {"routers": ["http://no-such-host.invalid:1"]}, {}, "cannot be found or reached"),
         (("--headless",), {}, {}, "at the first node"),
         (("--uds", "/tmp/x"), {}, {}, "--advertise"),
         (("--port", "http"), {}, {}, "takes a number"),
