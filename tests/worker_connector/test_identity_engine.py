@@ -90,7 +90,10 @@ def test_engines_that_differ_exchange_nothing(alike: Alike, kind: str) -> None:
         engine.lose()
         ranks = options.get("tensor_parallel_size", 1)
         assert len(files_of(alike.workspace / "disk")) >= before + ranks * (LENGTH // size)
-        assert served(engine) == (mine, HIT)
+        again, cached = served(engine)
+        assert cached == HIT
+        # In bfloat16 answers depend on how a prompt was cut into steps.
+        assert again == mine or kind == "dtype"
     alike.one.lose()
     assert served(alike.one) == (alike.answer, HIT)
 
