@@ -3,7 +3,9 @@
     python -m benchmarks.simulated_worker --port 9001 --reports 9101 [--gpu-chunks 2000] [--cpu-chunks 8000] …
 
 Its cache has two tiers, least recently used chunks first to go: ``gpu``, and ``cpu`` behind it, which gets a copy of
-whatever is computed. Prompts are computed one after the other at a stated rate, less what the cache holds; answers are
+whatever is computed. In one process several may share a third, ``remote``, as workers do that write back: a chunk comes
+there when ``flush`` asks for it, begun with the engine's next step; a prompt's chunks are looked up there, and only what a
+worker wrote or found itself is on its record. Prompts are computed one after the other at a stated rate, less what the cache holds; answers are
 decoded side by side. Reports go out through the connector's own report server. It tokenizes by bytes, one token each, or
 takes the token ids that come with a request.
 
@@ -19,11 +21,12 @@ import socket
 import struct
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +35,7 @@ from kv_protocol.hashing import chunk_hashes, root_hash
 from kv_protocol.identity import Identity
 from kv_protocol.messages import Admitted, Heartbeat, Hello, Message, Removed, Stored, TierInfo, pack
 from tests.support.simulated_worker import SimulatedWorker
-from worker_connector.report_server import ReportServer, Timing
+from worker_connector.report_server import Operation, ReportServer, Timing
 
 FAULTS = {
     "hang-head": "takes the request and never answers",
@@ -49,26 +52,41 @@ FAULTS = {
     "slow": "sends its answer a few bytes at a time",
 }
 _LIE_CHUNKS = 100
+_SHARED_CHUNKS = 1_000_000
+_WRITTEN_AT_ONCE = 64
 _cached: ContextVar[int] = ContextVar("cached tokens of the request that this task answers")
 
 
 class Ledger:
     """What the simulated cache holds, and the reports of it: the source of a ReportServer. A lock orders everything."""
 
-    def __init__(self, gpu_chunks: int, cpu_chunks: int) -> None:
+    def __init__(self, gpu_chunks: int, cpu_chunks: int, shared: set[bytes] | None = None) -> None:
         self.lock = threading.Lock()
         self.capacity = {"gpu": gpu_chunks, "cpu": cpu_chunks}
         self.tiers: dict[str, OrderedDict[bytes, None]] = {"gpu": OrderedDict(), "cpu": OrderedDict()}
+        self.shared = shared if shared is not None else set[bytes]()
+        if shared is not None:
+            self.capacity["remote"] = _SHARED_CHUNKS
+            self.tiers["remote"] = OrderedDict()
         self.load = Heartbeat(0, 0, 0, 0.0, 0.0, {}, {})
         self._digests = {tier: RunningDigest() for tier in self.tiers}
 
     def use(self, chunks: list[bytes]) -> tuple[dict[str, int], list[Message]]:
         """A prompt of these chunks is computed: its hit in chunks by tier, and what there is to report. Caller locks."""
         hit = self._hit(chunks)
-        changes: list[Message] = []
-        for tier in self.tiers:
+        found = chunks[: sum(hit.values())]
+        changes = self.record([chunk for chunk in found if chunk in self.shared])
+        for tier in ("gpu", "cpu"):
             changes += self._keep(tier, chunks)
         return hit, changes
+
+    def record(self, chunks: list[bytes]) -> list[Message]:
+        """The worker learns that the remote tier has these. Caller locks."""
+        return self._keep("remote", chunks) if chunks else []
+
+    def lacking(self) -> list[bytes]:
+        """What the remote tier lacks of the cpu tier, what was used last first. Caller locks."""
+        return [chunk for chunk in reversed(self.tiers["cpu"]) if chunk not in self.shared]
 
     def take_changes(self) -> Iterable[Message]:
         return ()
@@ -84,8 +102,13 @@ class Ledger:
 
     def _hit(self, chunks: list[bytes]) -> dict[str, int]:
         gpu = next((at for at, chunk in enumerate(chunks) if chunk not in self.tiers["gpu"]), len(chunks))
-        cpu = next((at for at, chunk in enumerate(chunks[gpu:]) if chunk not in self.tiers["cpu"]), len(chunks) - gpu)
-        return {"gpu": gpu, "cpu": cpu}
+        hit = {"gpu": gpu, "cpu": 0} | ({"remote": 0} if "remote" in self.tiers else {})
+        for chunk in chunks[gpu:]:
+            tier = "cpu" if chunk in self.tiers["cpu"] else "remote" if chunk in self.shared else ""
+            if not tier:
+                break
+            hit[tier] += 1
+        return hit
 
     def _keep(self, tier: str, chunks: list[bytes]) -> list[Message]:
         """The last chunks of a prompt go before its first."""
@@ -126,12 +149,17 @@ class CachingWorker(SimulatedWorker):
         prefill: float = 40_000.0,
         decode: float = 0.01,
         report_timing: Timing | None = None,
+        shared: set[bytes] | None = None,
     ) -> None:
         super().__init__(reports=False)
         self.chunk_size = chunk_size
         self.pause = decode
         self.prefill_speed = prefill
-        self.ledger = Ledger(gpu_chunks, cpu_chunks)
+        self.ledger = Ledger(gpu_chunks, cpu_chunks, shared)
+        self.write_seconds = 0.0002
+        self._flushing: deque[bytes] = deque()
+        self._told = False
+        self._running = 0
         self.faults: list[str] = []
         self.faulted = 0
         self._report_timing = report_timing
@@ -141,7 +169,8 @@ class CachingWorker(SimulatedWorker):
     async def start(self) -> "CachingWorker":
         await super().start()
         self._reports = DisturbedServer(
-            "127.0.0.1", self.report_port, "", self._hello_message(), self.ledger, {}, timing=self._report_timing
+            *("127.0.0.1", self.report_port, "", self._hello_message(), self.ledger, self._operations()),
+            timing=self._report_timing,
         )
         await asyncio.to_thread(self._reports.start)
         self.report_port = self._reports.address[1]
@@ -168,7 +197,44 @@ class CachingWorker(SimulatedWorker):
     def _hello_message(self) -> Hello:
         identity = Identity("simulated", "bf16", "LBNHC", ())
         tiers = [TierInfo(tier, capacity, 1) for tier, capacity in self.ledger.capacity.items()]
-        return Hello(f"simulated-{id(self)}", self.model, self.chunk_size, 16, identity, tiers, max_model_len=100_000)
+        return Hello(f"simulated-{uuid4()}", self.model, self.chunk_size, 16, identity, tiers, max_model_len=100_000)
+
+    # Handing over.
+
+    def _operations(self) -> dict[str, Operation]:
+        return {"flush": self._flush, "stats": self._stats} if "remote" in self.ledger.tiers else {}
+
+    def _flush(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        del arguments
+        with self.ledger.lock:
+            lacking = self.ledger.lacking()
+            self._flushing = deque(lacking)
+            self._told = bool(lacking)
+            return {"tier": "remote", "chunks": len(lacking), "present": 0, "refused": 0, "queued": ["remote"]}
+
+    def _stats(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        del arguments
+        with self.ledger.lock:
+            held = {tier: len(chunks) for tier, chunks in self.ledger.tiers.items()}
+            unwritten = {"remote": {"bandwidth": 0.0, "unwritten": len(self._flushing)}}
+            return {"held_chunks": held, "tiers": unwritten, "queued": int(self._told)}
+
+    def _step(self) -> None:
+        """A request came: the engine begins what it was told while it slept."""
+        if self._told:
+            self._told = False
+            task = asyncio.create_task(self._write())
+            self._handlers.add(task)
+            task.add_done_callback(self._handlers.discard)
+
+    async def _write(self) -> None:
+        while self._flushing:
+            await asyncio.sleep(self.write_seconds * min(_WRITTEN_AT_ONCE, len(self._flushing)))
+            with self.ledger.lock:
+                written = [self._flushing.popleft() for _ in range(min(_WRITTEN_AT_ONCE, len(self._flushing)))]
+                self.ledger.shared.update(written)
+                if self._reports is not None:
+                    self._reports.publish(self.ledger.record(written))
 
     # Requests.
 
@@ -181,10 +247,22 @@ class CachingWorker(SimulatedWorker):
             self.faulted += 1
             return await self._fail(fault, writer, headers, body)
         tokens = self.tokenize(body)
-        _cached.set(await self._compute(tokens, headers["x-request-id"], str(body.get("cache_salt") or "")))
-        if body.get("stream"):
-            return await self._stream(writer, headers, tokens)
-        return self._whole(writer, headers, tokens)
+        self._running += 1
+        try:
+            # The client asks without an id of its own where nobody routes.
+            request_id = headers.get("x-request-id", "none")
+            _cached.set(await self._compute(tokens, request_id, str(body.get("cache_salt") or "")))
+            if body.get("stream"):
+                return await self._stream(writer, headers, tokens)
+            return self._whole(writer, headers, tokens)
+        finally:
+            self._running -= 1
+            self._say_load()
+
+    def _say_load(self) -> None:
+        with self.ledger.lock:
+            held = {tier: len(content) for tier, content in self.ledger.tiers.items()}
+            self.ledger.load = Heartbeat(self._running, 0, self.uncached_tokens, 0.0, self.prefill_speed, held, {})
 
     def _usage(self, tokens: list[int]) -> dict[str, Any]:
         return super()._usage(tokens) | {"prompt_tokens_details": {"cached_tokens": _cached.get()}}
@@ -194,9 +272,11 @@ class CachingWorker(SimulatedWorker):
         root = root_hash(chunk_size=self.chunk_size, model=self.model, lora="", cache_salt=salt)
         chunks = chunk_hashes(root, tokens, self.chunk_size)
         self.uncached_tokens += len(tokens)
+        self._step()
         try:
             async with self._prefilling:
                 hits = self._take(chunks, request_id, len(tokens))
+                self._say_load()
                 await asyncio.sleep((len(tokens) - sum(hits.values())) / self.prefill_speed)
         finally:
             self.uncached_tokens -= len(tokens)
@@ -206,8 +286,6 @@ class CachingWorker(SimulatedWorker):
         with self.ledger.lock:
             hit, changes = self.ledger.use(chunks)
             tokens = {tier: min(count * self.chunk_size, prompt_tokens - 1) for tier, count in hit.items()}
-            held = {tier: len(content) for tier, content in self.ledger.tiers.items()}
-            self.ledger.load = Heartbeat(0, 0, self.uncached_tokens, 0.0, self.prefill_speed, held, {})
             if self._reports is not None:
                 self._reports.publish([Admitted("chatcmpl-" + request_id, prompt_tokens, tokens), *changes])
         return tokens

@@ -52,6 +52,7 @@ RECHECK_S = 30.0
 """Shortest time between two comparisons of one worker's tokenization that its own counts ask for."""
 GC_THRESHOLDS = (20_000, 20, 50)
 """Objects made before the collector looks at the young ones, and how many looks before it goes further."""
+_LOOK_S = 0.02
 FIRST_CHECK_S = 20.0
 """Longest wait at start for workers to be checked and tokenizers to be loaded."""
 
@@ -126,8 +127,18 @@ class Gateway:
                 await self.control.start()
                 await asyncio.gather(*(monitor.checked.wait() for monitor in self.monitors))
                 await asyncio.gather(*(self._loaded(model) for model in tuple(self._loading)))
+                await self._listed()
         except TimeoutError:
             _log.warning("serving before every worker was checked")
+
+    async def _listed(self) -> None:
+        """Wait until the caches of the workers that are up are known, or cannot be: a gateway that began without would
+        send every prompt to the wrong worker for a moment, and a rolling restart is made of such moments."""
+        while any(  # noqa: ASYNC110 - plain state, nobody signals it
+            worker.up and worker.spec.report_address is not None and not (worker.synced or worker.reports_error)
+            for worker in self.registry.workers
+        ):
+            await asyncio.sleep(_LOOK_S)
 
     async def close(self) -> None:
         """Stop every task and close every connection."""

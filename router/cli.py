@@ -154,6 +154,43 @@ def register(
     asyncio.run(keep(specs, gateways, ttl=ttl, token=token, process=process))
 
 
+@app.command()
+def drain(
+    url: Annotated[str, typer.Argument(help="the worker's own URL, as this command reaches it")] = (
+        "http://127.0.0.1:8000"
+    ),
+    *,
+    reports: Annotated[str, typer.Option(help="HOST:PORT of its report port, or none")] = (
+        f"127.0.0.1:{DEFAULT_REPORT_PORT}"
+    ),
+    router: Annotated[list[str] | None, typer.Option(help="URL of a router to tell; repeat for each")] = None,
+    name: Annotated[str, typer.Option(envvar="HOSTNAME", help="the worker's name or URL at the routers")] = "",
+    dp: Annotated[int, typer.Option(min=1, max=64, help="data-parallel ranks of the engine")] = 1,
+    tier: Annotated[str, typer.Option(help="where chunks are handed to; default: remote, or the slowest tier")] = "",
+    deadline: Annotated[float, typer.Option(min=1, help="seconds for everything")] = 60.0,
+    settle: Annotated[float, typer.Option(min=0, help="seconds until every router knows that the worker leaves")] = 2.0,
+    token: Annotated[str, typer.Option(envvar="WARMROUTE_ADMIN_TOKEN", help="admin token of the routers")] = "",
+    report_token: Annotated[
+        str, typer.Option(envvar="WARMROUTE_REPORT_TOKEN", help="token of the worker's report port")
+    ] = "",
+    api_key: Annotated[
+        str, typer.Option(envvar=["WARMROUTE_API_KEY", "VLLM_API_KEY"], help="API key of the worker")
+    ] = "",
+) -> None:
+    """Have a worker hand its hottest chunks over and finish its requests before it stops: a preStop hook."""
+    from router import drain_command  # noqa: PLC0415 - keeps the other commands quick
+
+    try:
+        address = None if reports == "none" else parse_address(reports)
+    except ValueError as error:
+        _quit(str(error))
+    leave = drain_command.Leave(
+        url, address, name, routers=router or (), tier=tier, seconds=deadline, settle=settle, token=token,
+        report_token=report_token, api_key=api_key,
+    )  # fmt: skip
+    raise typer.Exit(drain_command.run(leave, dp))
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def worker(
     arguments: Annotated[

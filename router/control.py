@@ -18,7 +18,9 @@ from router.discovery.membership import ADMIN, SETTINGS, Membership
 from router.discovery.names import DnsSpec
 from router.discovery.pods import Found
 from router.errors import ApiError, ConfigError, Conflict, InvalidRequest
+from router.handover import Handovers
 from router.policies import make_policy
+from router.probe import works
 from router.reload import RELOADABLE, Reloader, Sources, changed
 from router.siblings import Siblings
 from router.totals import CountFiles, Snapshot, render
@@ -64,9 +66,11 @@ class Control:
             gateway.registry,
             add=gateway.add_worker,
             remove=gateway.remove_worker,
-            patience=lambda: gateway.settings.drain_timeout,
+            patience=lambda: max(gateway.settings.drain_timeout, gateway.settings.drain_handover),
+            departing=self._departing,
         )
         self.reloader = Reloader(gateway.settings, sources or Sources.of(gateway.settings), self._apply)
+        self.handovers = Handovers(lambda result: gateway.metrics.handovers.labels(result).inc())
         self.state = AdminState()
         self._names: dict[DnsSpec, tuple[NameWatch, asyncio.Task[None]]] = {}
         self._pods: tuple[PodWatch, asyncio.Task[None]] | None = None
@@ -86,7 +90,9 @@ class Control:
 
     async def close(self) -> None:
         """Stop every task."""
-        tasks = self._tasks + self.membership.close() + [task for _, task in self._names.values()]
+        tasks = (
+            self._tasks + self.membership.close() + self.handovers.close() + [task for _, task in self._names.values()]
+        )
         tasks += [self._pods[1]] if self._pods is not None else []
         for task in tasks:
             task.cancel()
@@ -350,6 +356,14 @@ class Control:
             self._pods = watch, asyncio.create_task(watch.run())
         if self._pods is not None:
             self._pods[0].configure(settings.kubernetes_watch_seconds, settings.discovery_timeout)
+
+    def _departing(self, worker: Worker) -> None:
+        """A worker gets no further request: have it hand its hottest chunks over, by one process of this gateway."""
+        seconds, address = self._gateway.settings.drain_handover, worker.spec.report_address
+        if not seconds or address is None or self.siblings.number or not worker.synced:
+            return
+        token = self._gateway.settings.report_token.get_secret_value()
+        self.handovers.begin(worker, address, lambda: works(worker), token=token, seconds=seconds)
 
     def _found_pods(self, origin: str, found: Found) -> None:
         self.membership.claim(origin, found.workers)

@@ -128,6 +128,8 @@ class Worker:
         self.draining = False
         """Whether it gets no further request: it leaves, is drained by hand, or is held."""
         self.departing = False
+        self.hands_over = False
+        """Whether it is writing its hottest chunks to the remote tier before it leaves."""
         self.held = ""
         """Why those who named it want no request sent there, though it may come back."""
         self.models: dict[str, ModelCard] = {}

@@ -153,6 +153,6 @@ class Membership:
     async def _finish(self, worker: Worker) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience()
-        while worker.load.in_flight and loop.time() < deadline:  # noqa: ASYNC110 - a count, nobody signals it
+        while (worker.load.in_flight or worker.hands_over) and loop.time() < deadline:  # noqa: ASYNC110 - a count, nobody signals it
             await asyncio.sleep(POLL_S)
         self._drop(worker)

@@ -129,7 +129,7 @@ class FakeKubernetes:
     # The server.
 
     async def start(self) -> None:
-        config = uvicorn.Config(self, port=self.port, log_level="error", lifespan="off", timeout_graceful_shutdown=0)
+        config = uvicorn.Config(self, port=self.port, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
         self._server = uvicorn.Server(config)
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # of older versions
         self._serving = asyncio.create_task(self._server._serve())
