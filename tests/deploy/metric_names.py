@@ -9,6 +9,9 @@ from typing import Any
 
 from router.app import Gateway
 from router.config import Settings
+from router.discovery.kubernetes import PodWatch
+from router.discovery.names import PodSpec
+from router.discovery_metrics import DiscoveryState
 from worker_connector.stats import FIGURES
 
 TARGET = frozenset({"namespace", "job", "instance", "pod", "service"})
@@ -30,7 +33,9 @@ async def _router() -> dict[str, frozenset[str]]:
     """Of a gateway in which everything that has metrics is switched on."""
     gateway = Gateway(Settings(api_keys=f"team:{'k' * 40}", shadow_policy="least-ttft"))  # type: ignore[arg-type]
     found: dict[str, frozenset[str]] = {}
-    for collector in gateway.metrics._registry._collector_to_names:
+    watch = PodWatch(PodSpec(selector="app=vllm"), lambda _: None, watch_seconds=60, timeout=5)
+    watch.answered_at = 0.0
+    for collector in (*gateway.metrics._registry._collector_to_names, DiscoveryState(lambda: [watch])):
         own: Any = collector
         for family in collector.collect():
             names = set(getattr(own, "_names", ())) | set(getattr(family, "_labelnames", ()))

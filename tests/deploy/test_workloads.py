@@ -368,7 +368,7 @@ def test_the_sidecar_is_never_sent_token_ids(tmp_path: Path) -> None:
 def test_vllm_itself_understands_every_flag() -> None:
     """By vLLM's own parser, in a process of its own: importing it takes seconds."""
     pytest.importorskip("vllm", reason="needs vLLM (CPU build)")
-    lines = []
+    lines: list[list[str]] = []
     for overlay in OVERLAYS:
         for made in engines(overlay):
             environ = values(engine_of(made), LITERALS)
@@ -376,7 +376,8 @@ def test_vllm_itself_understands_every_flag() -> None:
             if program == "warmroute":
                 launch = worker_command.prepare(arguments, worker_command.Wish(), environ)
                 arguments = launch.command[launch.command.index("serve") + 1 :]
-            lines.append(["serve", *arguments])
+            if (line := ["serve", *arguments]) not in lines:
+                lines.append(line)
     program = """
 import json, sys
 from vllm.entrypoints.cli.serve import ServeSubcommand
