@@ -39,6 +39,7 @@ class FakeKubernetes:
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.watching = 0
         self.port = 0
+        self.tls: tuple[str | None, str | None] = (None, None)
         self._changed = asyncio.Condition()
         self._cut = 0
         self._uids = 0
@@ -129,7 +130,11 @@ class FakeKubernetes:
     # The server.
 
     async def start(self) -> None:
-        config = uvicorn.Config(self, port=self.port, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
+        cert, key = self.tls
+        config = uvicorn.Config(
+            self, port=self.port, log_level="critical", lifespan="off", timeout_graceful_shutdown=0,
+            ssl_certfile=cert, ssl_keyfile=key,
+        )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined] # of older versions
         self._serving = asyncio.create_task(self._server._serve())

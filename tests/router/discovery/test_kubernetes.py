@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightkube.config.kubeconfig import KubeConfig
 
 from router.config import load
 from router.discovery import kubernetes
@@ -17,6 +18,7 @@ from router.discovery.kubernetes import PodWatch, check_kubernetes
 from router.discovery.names import NOT_READY, TERMINATING, PodSpec
 from router.discovery.pods import Found
 from router.errors import ConfigError
+from tests.router.test_tls import certificates
 from tests.support.fake_kubernetes import USER, FakeKubernetes, fake_kubernetes
 from tests.support.simulated_worker import run, until
 
@@ -358,6 +360,39 @@ def test_what_no_server_should_send_does_not_end_the_watch(play: Play) -> None:
             await until(lambda: seen.names == ["a", "b"], PATIENT)
 
     play(scenario)
+
+
+def test_inside_a_cluster_the_service_account_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its token, read again once it was refused; its CA; and its namespace, where none is set."""
+    made = certificates(tmp_path)
+    account = tmp_path / "account"
+    account.mkdir()
+    (account / "ca.crt").write_text(Path(made["ca.pem"]).read_text())
+    (account / "namespace").write_text("ml")
+    (account / "token").write_text("good")
+    monkeypatch.setattr(KubeConfig, "from_env", lambda: KubeConfig.from_service_account(account))
+
+    async def scenario() -> None:
+        server = FakeKubernetes()
+        server.tls = made["server.pem"], made["server.key"]
+        await server.start()
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+        server.add("a")
+        try:
+            async with watched() as (watch, seen):
+                await until(lambda: server.watching, PATIENT)
+                assert seen.names == ["a"]
+                (account / "token").write_text("rotated")
+                server.tokens = {"rotated"}
+                server.cut()
+                server.add("b", "127.0.0.2")
+                await until(lambda: seen.names == ["a", "b"], PATIENT)
+                assert "401" not in watch.error
+        finally:
+            await server.stop()
+
+    run(scenario())
 
 
 def test_without_credentials_the_reason_is_said(
