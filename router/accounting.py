@@ -53,6 +53,7 @@ class _Open(msgspec.Struct, eq=False):
     tolerance: int
     countable: bool
     judged: bool = False
+    totalled: bool = False
 
 
 class Accounting:
@@ -101,8 +102,9 @@ class Accounting:
         totals = decision.actual_hit_tokens or {}
         hits = {tier: tokens for tier, tokens in message.hit_tokens.items() if tier in TIERS}
         decision.actual_hit_tokens = totals | {tier: totals.get(tier, 0) + tokens for tier, tokens in hits.items()}
-        for tier, tokens in hits.items():
-            self._metrics.actual.labels(worker.name, tier).inc(tokens)
+        if not entry.totalled:
+            for tier, tokens in hits.items():
+                self._metrics.actual.labels(worker.name, tier).inc(tokens)
         if not entry.prompts:
             self._judge(entry, sum(decision.actual_hit_tokens.values()))
 
@@ -113,6 +115,7 @@ class Accounting:
             return
         if decision.cached_tokens is not None and not entry.judged:
             if decision.actual_hit_tokens is None:
+                entry.totalled = True  # a report that comes later than the answer must not count them again
                 self._metrics.actual.labels(decision.worker, "unknown").inc(decision.cached_tokens)
             self._judge(entry, decision.cached_tokens)
 

@@ -88,7 +88,7 @@ async def replay(gateway: RunningGateway) -> AsyncIterator[None]:
             for request in conversations(users=6, turns=4, per_second=1):
                 with suppress(httpx.HTTPError):
                     await gateway.chat(text_of(request), stream=True)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.15)
 
     playing = asyncio.create_task(play())
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_protocol.messages import Admitted
 from router.accounting import Accounting, Decision
 from router.admission import Admission
 from router.breaker import Breaker
@@ -145,6 +146,20 @@ def test_a_cursor_gets_each_decision_once_and_again_when_it_ends() -> None:
     after = changes(kept, found.cursor)
     assert names(after) == ["1", "2"]
     assert names(changes(kept, Cursor(after.cursor.count, after.cursor.at + 5))) == []
+
+
+def test_tokens_of_an_answer_that_came_before_its_report_are_counted_once() -> None:
+    kept, worker = accounting()
+    late, prompt = decide(kept, worker, "late"), decide(kept, worker, "prompt")
+    for decision in (late, prompt):
+        decision.worker, decision.cached_tokens = worker.name, 100
+    kept.finished(late)
+    kept.admitted(worker, Admitted("late", 200, {"gpu": 60, "cpu": 40}))
+    kept.admitted(worker, Admitted("prompt", 200, {"gpu": 60, "cpu": 40}))
+    kept.finished(prompt)
+    counted = {labels[-1]: tally.value for labels, tally in kept._metrics.actual.series.items()}
+    assert counted == {"unknown": 100, "gpu": 60, "cpu": 40}
+    assert late.actual_hit_tokens == {"gpu": 60, "cpu": 40}
 
 
 def test_a_flood_is_cut_and_counted_and_a_restarted_process_begins_anew() -> None:
