@@ -86,8 +86,10 @@ class Traffic:
         dice = self.random
         if dice.random() < 0.15 and len(self.clients) < 5:
             self._arrive()
-        if dice.random() < 0.01:
-            self.both("clear")
+        if dice.random() < 0.004:
+            self.both("clear", f"generation {dice.random()}")
+        if dice.random() < 0.2:
+            self.both("gpu_emptied")
         if dice.random() < 0.01:
             self.lora_path = dice.choice("ab")
         for name in [name for name in self.clients if dice.random() < 0.005]:
