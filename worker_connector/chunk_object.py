@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -36,6 +37,13 @@ _CHECKSUM = struct.Struct("<I")
 _TEXT_BYTES = 16
 _SECTIONS_AT = 256
 _CHECKSUM_AT = HEADER_BYTES - _CHECKSUM.size
+# What tells an uncompressed object's header from others of its kind, besides the header's own checksum.
+_CHUNK_AT = struct.calcsize("<8sHHBBH16s")
+_CREATED = struct.Struct("<Q")
+_CREATED_AT = struct.calcsize("<8sHHBBH16s16sHHIQQQQ")
+_CHECKSUMS = struct.Struct("<II")
+_CHECKSUMS_AT = struct.calcsize("<8sHHBBH16s16sHHIQQQQQI")
+_MOST_SECONDS = 1 << 43
 _SKEW_SECONDS = 86_400
 _MICRO = 1_000_000
 
@@ -187,37 +195,57 @@ class Header(NamedTuple):
         Raises:
             ValueError: a field is out of its range.
         """
-        if problem := _problem(self):
+        if problem := _problem_of_its_own(self) if self.codec.compression is Compression.NONE else _problem(self):
             raise ValueError(f"no object can have such a header: {problem}")
-        key = self.key
-        fields = _Fields(
-            MAGIC,
-            VERSION,
-            self.codec.encoding,
-            self.codec.compression,
-            self.shuffle,
-            len(self.sections),
-            key.identity,
-            key.chunk,
-            key.rank,
-            key.ranks,
-            self.tokens,
-            key.groups,
-            self.raw_bytes,
-            self.packed_bytes,
-            self.payload_bytes,
-            round(self.created * _MICRO),
-            self.ttl,
-            self.payload_crc,
-            self.packed_crc,
-            0,
-            self.layout.encode("ascii"),
-            self.dtype.encode("ascii"),
-        )
-        rows = (_SECTION.pack(s.group, 0, s.block_tokens, s.blocks, s.missing, s.raw_bytes, 0) for s in self.sections)
-        fixed = _FIELDS.pack(*fields).ljust(_SECTIONS_AT, b"\0")
-        body = (fixed + b"".join(rows)).ljust(_CHECKSUM_AT, b"\0")
-        return body + _CHECKSUM.pack(crc32c(body))
+        form = bytearray(_form_of(_common(self)) if self.codec.compression is Compression.NONE else _body(self))
+        form[_CHUNK_AT : _CHUNK_AT + 16] = self.key.chunk
+        _CREATED.pack_into(form, _CREATED_AT, round(self.created * _MICRO))
+        _CHECKSUMS.pack_into(form, _CHECKSUMS_AT, self.payload_crc, self.packed_crc)
+        return bytes(form + _CHECKSUM.pack(crc32c(form)))
+
+
+def _common(header: Header) -> Header:
+    """What the headers of all uncompressed objects of one kind have in common: an engine has a few kinds."""
+    return header._replace(key=header.key._replace(chunk=bytes(16)), created=0.0, payload_crc=0, packed_crc=0)
+
+
+@lru_cache(maxsize=64)
+def _form_of(header: Header) -> bytes:
+    if problem := _problem(header):
+        raise ValueError(f"no object can have such a header: {problem}")
+    return _body(header)
+
+
+def _body(header: Header) -> bytes:
+    """A header but for its checksum."""
+    key = header.key
+    fields = _Fields(
+        MAGIC,
+        VERSION,
+        header.codec.encoding,
+        header.codec.compression,
+        header.shuffle,
+        len(header.sections),
+        key.identity,
+        key.chunk,
+        key.rank,
+        key.ranks,
+        header.tokens,
+        key.groups,
+        header.raw_bytes,
+        header.packed_bytes,
+        header.payload_bytes,
+        round(header.created * _MICRO),
+        header.ttl,
+        header.payload_crc,
+        header.packed_crc,
+        0,
+        header.layout.encode("ascii"),
+        header.dtype.encode("ascii"),
+    )
+    rows = (_SECTION.pack(s.group, 0, s.block_tokens, s.blocks, s.missing, s.raw_bytes, 0) for s in header.sections)
+    fixed = _FIELDS.pack(*fields).ljust(_SECTIONS_AT, b"\0")
+    return (fixed + b"".join(rows)).ljust(_CHECKSUM_AT, b"\0")
 
 
 class Expected(NamedTuple):
@@ -307,7 +335,19 @@ def read_header(block: Buffer) -> Header:
     (checksum,) = _CHECKSUM.unpack_from(view, _CHECKSUM_AT)
     if checksum != crc32c(view[:_CHECKSUM_AT]):
         raise BadObject(Check.HEADER_CHECKSUM, "the header is damaged")
-    return _parsed(view, fields)
+    rest = view[_FIELDS.size : _CHECKSUM_AT].tobytes()
+    if fields.compression != Compression.NONE:
+        return _parsed(fields, rest)
+    form = _parsed_form(fields._replace(chunk=bytes(16), created=0, payload_crc=0, packed_crc=0), rest)
+    header = form._replace(
+        key=form.key._replace(chunk=fields.chunk),
+        created=fields.created / _MICRO,
+        payload_crc=fields.payload_crc,
+        packed_crc=fields.packed_crc,
+    )
+    if problem := _problem_of_its_own(header):
+        raise BadObject(Check.FIELDS, problem)
+    return header
 
 
 def verify(header: Header, expected: Expected, size: int, now: float = 0.0) -> None:
@@ -437,13 +477,20 @@ class _Fields(NamedTuple):
     dtype: bytes
 
 
-def _parsed(view: memoryview, fields: _Fields) -> Header:
-    """The fields of a header whose checksum holds. They are checked all the same: a checksum is no proof of sense."""
+@lru_cache(maxsize=64)
+def _parsed_form(fields: _Fields, rest: bytes) -> Header:
+    return _parsed(fields, rest)
+
+
+def _parsed(fields: _Fields, rest: bytes) -> Header:
+    """The fields of a header whose checksum holds, and what lies behind them. They are checked all the same: a checksum is no
+    proof of sense."""
     if fields.sections > MAX_GROUPS:
         raise BadObject(Check.FIELDS, f"it has {fields.sections} sections")
-    end = _SECTIONS_AT + fields.sections * _SECTION.size
-    rows = list(_SECTION.iter_unpack(view[_SECTIONS_AT:end]))
-    unused = view[_FIELDS.size : _SECTIONS_AT].tobytes() + view[end:_CHECKSUM_AT].tobytes()
+    start = _SECTIONS_AT - _FIELDS.size
+    end = start + fields.sections * _SECTION.size
+    rows = list(_SECTION.iter_unpack(rest[start:end]))
+    unused = rest[:start] + rest[end:]
     if unused.strip(b"\0") or fields.reserved or any(row[1] or row[6] for row in rows):
         raise BadObject(Check.FIELDS, "a reserved field is not zero")
     try:
@@ -475,6 +522,15 @@ def _header(fields: _Fields, sections: tuple[Section, ...]) -> Header:
     )
 
 
+def _problem_of_its_own(header: Header) -> str:
+    """What no writer writes, of what tells an uncompressed object from others of its kind."""
+    if header.payload_crc != header.packed_crc:
+        return "its content checksum is not its payload's"
+    if not 0 <= header.created < _MOST_SECONDS:
+        return "its time is beyond all bounds"
+    return "" if len(header.key.chunk) == 16 else "its key is impossible"
+
+
 def _problem(header: Header) -> str:
     """What makes a header one that no writer writes; empty when it is sound."""
     compressed = header.codec.compression is not Compression.NONE
@@ -492,7 +548,7 @@ def _problem(header: Header) -> str:
         "a size is beyond all bounds": header.payload_bytes > 0 and header.packed_bytes <= MAX_PAYLOAD_BYTES,
         "its packed form is not its raw form": header.codec.encoding is not Encoding.RAW
         or header.packed_bytes == header.raw_bytes,
-        "its time is beyond all bounds": 0 <= header.created < 1 << 43 and 0 <= header.ttl < 1 << 32,
+        "its time is beyond all bounds": 0 <= header.created < _MOST_SECONDS and 0 <= header.ttl < 1 << 32,
     }
     return next((text for text, holds in checks.items() if not holds), "")
 

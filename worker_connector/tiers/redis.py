@@ -46,7 +46,7 @@ from worker_connector.tiers.redis_places import (
     redirected,
 )
 
-_WINDOW_BYTES = 8 << 20
+_WINDOW_BYTES = 3 << 20
 _WINDOW_CALLS = 256
 _SHARE_BYTES = 2 << 20
 """Less than this is not worth a connection of its own."""
@@ -59,8 +59,8 @@ _REFUSED_PUTS = frozenset({"OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM"}
 class RedisSettings:
     """Where the servers are and how to log in. Addresses are (host, port); a unix socket is (path, 0).
 
-    ``ttl`` is in seconds, 0 for none. ``connections`` is how many one batch uses to each server, and how many stay open while
-    they are idle.
+    ``ttl`` is in seconds, 0 for none. ``connections`` is how many one batch is read over from each server, and how many stay
+    open while they are idle.
     """
 
     addresses: tuple[tuple[str, int], ...]
@@ -112,12 +112,13 @@ class RedisStore(Store):
 
     def get(self, keys: Sequence[str], into: Sequence[Sink], deadline: float) -> list[Outcome]:
         calls = [self._getting(key, sink) for key, sink in zip(keys, into, strict=True)]
-        return self._run(calls, deadline)
+        return self._run(calls, deadline, connections=self._settings.connections)
 
     def put(self, keys: Sequence[str], values: Sequence[Source], deadline: float, ttl: float = 0.0) -> list[Outcome]:
         expiry = _expiry(ttl or self._settings.ttl)
         calls = [self._putting(key, value, expiry) for key, value in zip(keys, values, strict=True)]
-        return self._run(calls, deadline)
+        # Nobody waits for what is written: one connection leaves the processors to the engine.
+        return self._run(calls, deadline, connections=1)
 
     def exists(self, keys: Sequence[str], deadline: float) -> list[Outcome]:
         return self._run([self._small(key, b"STRLEN", _size) for key in keys], deadline)
@@ -185,13 +186,13 @@ class RedisStore(Store):
 
     # How a batch is carried out.
 
-    def _run(self, calls: list[_Call], deadline: float) -> list[Outcome]:
+    def _run(self, calls: list[_Call], deadline: float, connections: int = 1) -> list[Outcome]:
         error: StoreUnavailable | None = None
         for _ in range(self._places.rounds):
             waiting = [call for call in calls if call.outcome is None]
             if not waiting or time.monotonic() >= deadline:
                 break
-            error = self._round(waiting, deadline) or error
+            error = self._round(waiting, deadline, connections) or error
             if error is not None and error.cause != "unreachable":
                 break
         return self._outcomes(calls, error)
@@ -202,7 +203,7 @@ class RedisStore(Store):
         cause = (error.cause, str(error)) if error else ("moving", "the key's server could not be found in time")
         return [call.outcome or failed(*cause) for call in calls]
 
-    def _round(self, calls: list[_Call], deadline: float) -> StoreUnavailable | None:
+    def _round(self, calls: list[_Call], deadline: float, connections: int) -> StoreUnavailable | None:
         """Carry out what each place holds, all places at once; returns why a place could not serve."""
         try:
             shares = self._by_place(calls, deadline)
@@ -210,7 +211,7 @@ class RedisStore(Store):
             return unavailable(self.name, error)
         except StoreUnavailable as error:
             return error
-        parts = [(place, part) for place, its in shares.items() for part in _split(its, self._settings.connections)]
+        parts = [(place, part) for place, its in shares.items() for part in _split(its, connections)]
         return self._serve_all(parts, deadline)
 
     def _by_place(self, calls: list[_Call], deadline: float) -> dict[tuple[Address, bool], list[_Call]]:

@@ -42,7 +42,7 @@ def store(server: RedisServer) -> Iterator[RedisStore]:
     store.close()
 
 
-def fetch(store: RedisStore, key: str, size: int, seconds: float = 5.0) -> tuple[Outcome, bytes]:
+def fetch(store: RedisStore, key: str, size: int, seconds: float = 30.0) -> tuple[Outcome, bytes]:
     room = bytearray(size)
     return store.get([key], [Sink(room)], soon(seconds))[0], bytes(room)
 
@@ -92,16 +92,16 @@ def test_an_object_larger_than_its_room_fails_alone(store: RedisStore) -> None:
 
 
 def test_a_scan_meets_every_key_of_its_prefix_and_no_other(server: RedisServer, store: RedisStore) -> None:
-    store.put([f"k{at}" for at in range(2500)], [Source(b"x")] * 2500, soon())
+    assert set(status(store.put([f"k{at}" for at in range(2500)], [Source(b"x")] * 2500, soon(60)))) == {"stored"}
     command(server.port, "SET", "foreign", "x")
     other = RedisStore(settings(server.port, prefix="warm*oute:"))
     other.put(["starred"], [Source(b"x")], soon())
-    met = [entry.key for page in pages(store, threading.Event(), 5.0, 100) for entry in page.entries]
+    met = [entry.key for page in pages(store, threading.Event(), 30.0, 100) for entry in page.entries]
     assert sorted(set(met)) == sorted(f"k{at}" for at in range(2500))
-    assert [entry.key for page in pages(other, threading.Event(), 5.0) for entry in page.entries] == ["starred"]
+    assert [entry.key for page in pages(other, threading.Event(), 30.0) for entry in page.entries] == ["starred"]
     stop = threading.Event()
     seen = 0
-    for page in pages(store, stop, 5.0, 100):
+    for page in pages(store, stop, 30.0, 100):
         seen += len(page.entries)
         stop.set()
     assert 0 < seen < 2500
@@ -169,9 +169,9 @@ def test_an_operation_that_was_given_up_stores_nothing(store: RedisStore) -> Non
 
     putter = threading.Thread(target=put)
     putter.start()
-    assert sent.wait(5)
+    assert sent.wait(30)
     watched.end()
-    putter.join(5)
+    putter.join(30)
     assert failures
     assert status(store.exists(["half"], soon())) == ["missing"]
     store.put(["half"], [Source(b"whole")], soon())
