@@ -85,10 +85,11 @@ def test_prometheus_accepts_the_rules() -> None:
 
 
 @needs_promtool
-def test_alerts_fire_when_they_should_and_not_otherwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", ["alerts_test.yaml", "alerts_of_days_test.yaml"])
+def test_alerts_fire_when_they_should_and_not_otherwise(cases: str, tmp_path: Path) -> None:
     shutil.copy(RULES, tmp_path / "rules.yaml")
-    shutil.copy(Path(__file__).parent / "alerts_test.yaml", tmp_path / "alerts_test.yaml")
-    promtool("test", "rules", "alerts_test.yaml", folder=tmp_path)
+    shutil.copy(Path(__file__).parent / cases, tmp_path / cases)
+    promtool("test", "rules", cases, folder=tmp_path)
 
 
 @needs_promtool
