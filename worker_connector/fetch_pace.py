@@ -33,9 +33,10 @@ class FetchPace:
         """Seconds until what is under way is fetched."""
         return max(0.0, self._busy_until - now) if self.jobs else 0.0
 
-    def seconds(self, nbytes: int, now: float) -> float:
-        """Predicted time until ``nbytes`` that are asked for now are there."""
-        return self._latency.value + self.front(now) + nbytes * self._seconds_per_byte.value
+    def seconds(self, nbytes: int, now: float, *, behind: bool = True) -> float:
+        """Predicted time until ``nbytes`` that are asked for now are there, ``behind`` what is under way or not counting that."""
+        front = self.front(now) if behind else 0.0
+        return self._latency.value + front + nbytes * self._seconds_per_byte.value
 
     def sent(self, nbytes: int, now: float) -> float:
         """A job begins; how many seconds of other jobs are in front of it."""

@@ -404,7 +404,9 @@ class Fetches:
             by_tier[each.tier] = by_tier.get(each.tier, 0) + self._bytes(each.tokens)
         if not all(self.paces[tier].is_known(now) for tier in by_tier):
             return True
-        seconds = max(self.paces[tier].seconds(nbytes, now) for tier, nbytes in by_tier.items())
+        # What is under way for the request itself is in nobody's way: it waits for that in any case.
+        is_first = not any(fetch.owner is wait for fetch in self._under.values())
+        seconds = max(self.paces[tier].seconds(nbytes, now, behind=is_first) for tier, nbytes in by_tier.items())
         worth = seconds + (self._estimator.load_seconds(sum(by_tier.values())) or 0.0) < compute
         if not worth and not wait.counted:
             wait.counted = True

@@ -260,6 +260,20 @@ def test_the_queue_in_front_counts() -> None:
     engine.run()
 
 
+def test_what_is_under_way_for_a_request_does_not_keep_the_rest_from_it() -> None:
+    engine, prompts = written(1, 20, load_or_compute=True, slots=200)
+    known(engine, prefill=0.1, fetch=0.06)
+    engine.planner.lower.fetches._job_pieces = 8
+    engine.delay = lambda: 30 * len(engine.under)  # one after the other
+    request = engine.add("a", prompts[0])
+    for _ in range(5):
+        engine.step()
+    assert len(fetched(engine)) == 20
+    engine.run()
+    assert request.loads == 1
+    assert len(fetched(engine)) == 20
+
+
 def test_nobody_waits_longer_than_computing_takes() -> None:
     engine, prompts = written(1, 6, load_or_compute=True, lower_tier_patience=60.0)
     known(engine, prefill=0.1, fetch=0.01)
