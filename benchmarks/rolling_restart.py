@@ -295,7 +295,7 @@ async def roll(
     end = len(tally.answered) + requests // 3
     await made.until(lambda: len(tally.answered) >= end)
     await clients.stop()
-    return _summary(tally, max(20, requests // 4)) | {
+    return _summary(tally, max(120, requests // 4)) | {
         "router_seconds": [round(item, 2) for item in ready],
         "drain_statuses": statuses,
         "shared_chunks": len(made.shared),
@@ -310,6 +310,7 @@ def _summary(tally: Tally, window: int) -> dict[str, Any]:
         "lost": len(tally.lost),
         "why": tally.lost[:5],
         "window": window,
+        "windows": len(during),
         "before": round(before, 4),
         "during": round(statistics.mean(during), 4) if during else 0.0,
         "worst_window": round(min(during), 4) if during else 0.0,

@@ -18,8 +18,7 @@ def test_a_rolling_restart_loses_no_request_and_keeps_the_hits(tmp_path: Path) -
             assert not result["lost"], result["why"]
             assert result["drain_statuses"] == [0] * 4
             assert result["shared_chunks"]
-            assert len(result["workers"]) > 2
-            assert len(result["routers"]) > 2
+            assert result["windows"] > 3
             assert result["kept"] >= 0.9, result
 
     asyncio.run(scenario())

@@ -54,17 +54,27 @@ class TcpBalancer:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        try:
+            with suppress(asyncio.CancelledError):
+                await self._balance(reader, writer)
+        finally:
+            writer.transport.abort()
+
+    async def _balance(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ready = sorted(self.ready)
         for at in range(len(ready)):
             port = ready[(self._turn + at) % len(ready)]
-            with suppress(OSError):
+            try:
                 other, onward = await asyncio.open_connection("127.0.0.1", port)
-                self._turn += 1
-                with suppress(ConnectionError, asyncio.CancelledError):
+            except OSError:
+                continue
+            self._turn += 1
+            try:
+                with suppress(OSError):
                     await asyncio.gather(_pass(reader, onward), _pass(other, writer))
+            finally:
                 onward.transport.abort()
-                break
-        writer.close()
+            return
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
