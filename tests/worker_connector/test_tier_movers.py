@@ -31,13 +31,13 @@ class Rig:
         self.memory = np.random.default_rng(1).integers(0, 256, SLOTS * SLOT_BYTES, dtype=np.uint8)
         self.memory[:: SLOT_BYTES // 4] = 0
         self.store = DiskStore(DiskSettings(directory=directory, max_bytes=64 << 20))
-        assert self.store.wait_scanned(10)
+        assert self.store.wait_scanned(60)
         self.movers = TierMovers(
             {"disk": Tier(store=self.store, codec=Codec.parse(codec))}, memoryview(self.memory), SLOT_BYTES, shape
         )
         self._job = 0
 
-    def run(self, kind: str, pieces: list[Piece], deadline: float = 5.0, generation: str = "") -> TierResult:
+    def run(self, kind: str, pieces: list[Piece], deadline: float = 30.0, generation: str = "") -> TierResult:
         self._job += 1
         self.movers.submit([TierJob(self._job, "disk", kind, pieces, deadline, generation)])  # type: ignore[arg-type]
         until(lambda: self.movers.has_results)
@@ -48,7 +48,7 @@ class Rig:
         return self.memory[index * SLOT_BYTES :][:PAYLOAD].tobytes()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"

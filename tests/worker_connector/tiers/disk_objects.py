@@ -51,11 +51,11 @@ def source(number: int, rank: int = 0, ranks: int = 1, *, ttl: int = 0, created:
     return Source(sealed.header, sealed.payload)
 
 
-def put(store: DiskStore, number: int, seconds: float = 10.0) -> Outcome:
+def put(store: DiskStore, number: int, seconds: float = 30.0) -> Outcome:
     return store.put([name(number)], [source(number)], time.monotonic() + seconds)[0]
 
 
-def load(store: DiskStore, number: int, seconds: float = 10.0) -> bytes | None:
+def load(store: DiskStore, number: int, seconds: float = 30.0) -> bytes | None:
     """An object's content, verified; None if it is not there.
 
     Raises:

@@ -30,7 +30,7 @@ def free_port() -> int:
         return port if port < 55_000 else free_port()
 
 
-def eventually(holds: Callable[[], object], seconds: float = 10.0) -> None:
+def eventually(holds: Callable[[], object], seconds: float = 30.0) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "it did not happen in time"
@@ -93,7 +93,7 @@ def command(port: int, *words: str) -> Any:
     """One command on a connection of its own, read by redis-py's usual parser."""
     import redis
 
-    with redis.Redis(port=port, socket_timeout=5, protocol=2) as client:
+    with redis.Redis(port=port, socket_timeout=30, protocol=2) as client:
         return client.execute_command(*words)
 
 
@@ -235,5 +235,5 @@ def payload(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def soon(seconds: float = 5.0) -> float:
+def soon(seconds: float = 30.0) -> float:
     return time.monotonic() + seconds

@@ -73,20 +73,20 @@ def test_the_end_of_a_loan_waits_for_whoever_is_writing() -> None:
 
     def slow(view: memoryview) -> int:
         inside.set()
-        assert go.wait(5)
+        assert go.wait(30)
         view[:1] = b"x"
         return 1
 
     writer = threading.Thread(target=sink.fill, args=(4, slow))
     writer.start()
-    assert inside.wait(5)
+    assert inside.wait(30)
     ender = threading.Thread(target=sink.end)
     ender.start()
     time.sleep(0.05)
     assert ender.is_alive()
     go.set()
-    writer.join(5)
-    ender.join(5)
+    writer.join(30)
+    ender.join(30)
     assert not ender.is_alive()
     assert sink.filled == 1
 

@@ -46,7 +46,7 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         self.ours.close()
-        self.sender.join(5)
+        self.sender.join(30)
         self.theirs.close()
 
 
