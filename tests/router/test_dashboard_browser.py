@@ -151,13 +151,15 @@ def test_simulated_an_operators_visit_during_a_replay() -> None:
             await page.get_by_text("It would go to").wait_for()
             assert await page.locator(".candidates li").count() == 3
             assert "264 tokens" in await page.locator("#try-answer").inner_text()
+            await page.get_by_role("button", name="Pause").click()
             await page.locator("#decision-list").get_by_role("button", name="Why").first.click()
             await page.get_by_text("Hit ended because").wait_for()
             await page.keyboard.press("Escape")
+            await page.get_by_role("button", name="Go on").click()
 
             await drained_and_taken_back(page, gateway)
             await page.locator("#hit-chart summary").click()
-            assert await page.locator("#hit-chart tbody tr").count() > 0
+            await page.locator("#hit-chart tbody tr").first.wait_for()
             assert not await findings(page)
 
             assert seen.origins() == {f"http://127.0.0.1:{gateway.port}"}
@@ -239,13 +241,19 @@ def test_simulated_many_workers_with_hostile_names() -> None:
 
             async def answer(route: Any) -> None:
                 asked = httpx.URL(route.request.url).params
-                numbers = range(1000)[int(asked["offset"]) :][: int(asked["limit"])]
+                matching = 30 if asked.get("search") else 1000
+                numbers = range(matching)[int(asked["offset"]) :][: int(asked["limit"])]
                 rows = [
                     row
                     | {"name": f"{n} {HOSTILE}", "models": [HOSTILE], "state": "down", "why": HOSTILE, "url": HOSTILE}
                     for n in numbers
                 ]
-                fleet_told = told | {"models": [HOSTILE], "states": {"down": 1000}, "matching": 1000, "workers": rows}
+                fleet_told = told | {
+                    "models": [HOSTILE],
+                    "states": {"down": 1000},
+                    "matching": matching,
+                    "workers": rows,
+                }
                 await route.fulfill(body=json.dumps(fleet_told), content_type="application/json")
 
             await page.route("**/admin/fleet*", answer)
@@ -255,6 +263,12 @@ def test_simulated_many_workers_with_hostile_names() -> None:
             await page.get_by_text(re.compile("21.40 of 1,000")).wait_for()
             assert await page.locator("#worker-list tbody tr").count() == 20
             assert (await page.locator("#worker-list tbody strong").first.inner_text()) == f"20 {HOSTILE}"
+            await page.get_by_label("Find").first.fill("few")
+            await page.get_by_text(re.compile("1.20 of 30")).wait_for()
+            for _ in range(2):
+                async with page.expect_response("**/admin/fleet*"):
+                    await page.get_by_role("button", name="Next").dispatch_event("click")
+                await page.get_by_text(re.compile("21.30 of 30")).wait_for()
             await page.get_by_role("button", name="Drain").first.click()
             assert HOSTILE in await page.locator("#dialog-title").inner_text()
             assert await page.locator("img[src=x]").count() == 0

@@ -32,7 +32,8 @@ export class Workers {
   }
 
   turn(by) {
-    this.offset = Math.max(0, Math.min(this.offset + by, Math.max(0, this.matching - 1)));
+    const last = PAGE * Math.floor(Math.max(0, this.matching - 1) / PAGE);
+    this.offset = Math.max(0, Math.min(this.offset + by, last));
     this.refresh();
   }
 
