@@ -39,7 +39,8 @@ class GpuTier:
 
     ``kv_cache_manager`` is vLLM's KVCacheManager (or its BlockPool, all that is known before 0.30),
     ``groups`` are the ``kv_cache_groups`` of its KVCacheConfig. ``on_cleared`` is called at once after a successful
-    reset of the prefix cache, because an idle engine takes no step that would report it: it should drain and publish.
+    reset of the prefix cache, because an idle engine takes no step that would report it: it should drain and publish. ``before_reset`` is called before
+    each attempt.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class GpuTier:
         chunk_size: int,
         model: str,
         on_cleared: Callable[[], None] = lambda: None,
+        before_reset: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = getattr(kv_cache_manager, "block_pool", kv_cache_manager)
         self._groups = self._watched_groups(groups, chunk_size, model)
         self._on_cleared = on_cleared
+        self._before_reset = before_reset
         self._pending: list[tuple[Any, Sequence[Media] | None]] = []
         self._cursor = 0  # events of the pool's queue already read
         self._repeats: set[int] = set()  # positions in the queue of stores that tell of blocks stored before
@@ -135,6 +138,7 @@ class GpuTier:
         return result
 
     def _resetting(self, reset_prefix_cache: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_reset()
         done = reset_prefix_cache(*args, **kwargs)
         if done:
             self._on_cleared()

@@ -201,6 +201,11 @@ class Planner:
         """How to keep the engine's blocks for saves of requests that are over; without it there are none."""
         self._saves.blocks = blocks
 
+    def let_blocks_go(self) -> None:
+        """Hold no block any more: the engine is about to empty its prefix cache, which it can only if it has them all."""
+        with self.lock:
+            self._saves.drop_ended()
+
     # ---- steps --------------------------------------------------------------------------------------------------
 
     def plan_step(self, output: Any) -> StepPlan:

@@ -55,14 +55,12 @@ class _Ended:
 
 @dataclass(slots=True)
 class _Save:
-    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews, ``held``
-    the blocks that are kept for it."""
+    """One step's saves. ``heads`` are the chunks before the saved ones, whose use a save renews."""
 
     job: SaveJob
     slots: list[Slot] = field(default_factory=list)
     heads: list[list[bytes]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     differences: dict[int, float] = field(default_factory=dict)
     began: float = 0.0
@@ -255,7 +253,7 @@ class Saves:
         return found
 
     def _save_ended(self, ended: _Ended, save: _Save) -> None:
-        if self._save_chunk(
+        self._save_chunk(
             save,
             ended.at,
             ended.tail,
@@ -265,10 +263,9 @@ class Saves:
             confined=ended.confined,
             approximate=ended.approximate,
             priority=ended.priority,
-        ):
-            save.held += ended.blocks
-        else:
-            self._let_go(ended.blocks)
+        )
+        # From now on the blocks are known to be read by a save, which is settled before they get another owner.
+        self._let_go(ended.blocks)
 
     def _blocks_of(self, at: int, tokens: int, tables: Tables) -> list[int]:
         """The blocks of the first tokens of a chunk."""
@@ -362,7 +359,6 @@ class Saves:
 
     def _end_save(self, job: int) -> None:
         save = self._saves.pop(job)
-        self._let_go(save.held)
         for block in save.blocks:
             if self._readers_of.get(block) == job:
                 del self._readers_of[block]

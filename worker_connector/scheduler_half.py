@@ -111,7 +111,12 @@ class SchedulerHalf:
             self.planner.hold_blocks(EngineBlocks(manager))
         groups = self._cache.kv_cache_groups
         self._gpu = GpuTier(
-            manager, groups, chunk_size=self.config.chunk_size, model=self.model, on_cleared=self._gpu_cleared
+            manager,
+            groups,
+            chunk_size=self.config.chunk_size,
+            model=self.model,
+            on_cleared=self._gpu_cleared,
+            before_reset=self.planner.let_blocks_go,
         )
 
     def start(self, slots: Iterable[int], objects: Sequence[ObjectKey | None] = ()) -> None:

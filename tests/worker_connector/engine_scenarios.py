@@ -71,6 +71,14 @@ class Bench:
             time.sleep(0.02)
         return bool(done)
 
+    def until_saved(self) -> None:
+        """Return when no more chunks come into the CPU tier."""
+        before, since = -1, time.monotonic()
+        while time.monotonic() - since < 0.5:
+            if (saved := get_cache_stats()["tiers"]["cpu"].get("save_chunks", 0)) != before:
+                before, since = saved, time.monotonic()
+            time.sleep(0.05)
+
     def seconds(self, prompt: list[int]) -> float:
         began = time.perf_counter()
         self.generate([prompt], ONE)
@@ -233,7 +241,37 @@ def hybrid_scenario(model: str) -> dict[str, Any]:
     return {"runs": runs, "corrupted": corrupted, "failed": failed, "damaged": damaged, "stats": stats, "part": part}
 
 
-SCENARIOS = {"main": main_scenario, "tensor_parallel": tensor_parallel_scenario, "hybrid": hybrid_scenario}
+def turns_scenario(model: str) -> dict[str, Any]:
+    """Conversations of two turns, and hits that are computed again to be compared: about every other."""
+    transfer = KVTransferConfig(
+        kv_connector="WarmrouteConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={**SETTINGS, "conversation_mode": True, "shadow_check": 0.5},
+    )
+    bench = Bench(model, transfer=transfer)
+    runs: list[dict[str, Any]] = []
+    while len({bool(run["cached"]) for run in runs}) < 2 or len(runs) < 4:
+        number = len(runs)
+        said = bench.prompt(1100 + 13 * number)
+        (first,) = bench.generate([said])
+        bench.until_saved()
+        bench.reset()
+        asked = [*said, *tokens(first), *bench.prompt(20)]
+        (warm,) = bench.generate([asked])
+        bench.reset(connector=True)
+        (cold,) = bench.generate([asked])
+        ends = len(said) + len(tokens(first)) - 1  # of the last token there is no KV
+        run = {"prompt": len(asked), "cold": tokens(cold), "warm": tokens(warm), "cached": warm.num_cached_tokens}
+        runs.append({**run, "ends": ends})
+    return {"runs": runs, "stats": get_cache_stats()}
+
+
+SCENARIOS = {
+    "main": main_scenario,
+    "turns": turns_scenario,
+    "tensor_parallel": tensor_parallel_scenario,
+    "hybrid": hybrid_scenario,
+}
 
 if __name__ == "__main__":
     print("RESULT " + json.dumps(SCENARIOS[sys.argv[1]](sys.argv[2])))

@@ -163,6 +163,7 @@ class Engine:
         return request
 
     def reset_prefix_cache(self) -> None:
+        self.planner.let_blocks_go()
         assert not self.owners, "blocks are in use"
         self.cached.clear()
         self.names.clear()

@@ -175,7 +175,7 @@ def side_by_side(
     small_model: str, hybrid_model: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """Scenarios that measure no time, at once: most of a start keeps one core busy."""
-    models = {"hybrid": hybrid_model, "tensor_parallel": small_model}
+    models = {"hybrid": hybrid_model, "tensor_parallel": small_model, "turns": small_model}
     with ThreadPoolExecutor(len(models)) as pool:
         yield {
             name: pool.submit(run_scenario, name, model, tmp_path_factory.mktemp(f"{name}-run"))
@@ -214,3 +214,25 @@ def test_damage_in_the_cpu_tier_is_seen_and_computed(hybrid: dict[str, Any]) -> 
 def test_a_hybrid_model_reuses_the_head_of_a_longer_prompt(hybrid: dict[str, Any]) -> None:
     assert hybrid["part"]["warm"] == hybrid["part"]["cold"]
     assert hybrid["part"]["cached"] == 1024
+
+
+@pytest.fixture(scope="module")
+def turns(side_by_side: dict[str, Future[dict[str, Any]]]) -> dict[str, Any]:
+    return side_by_side["turns"].result()
+
+
+def test_a_next_turn_loads_up_to_the_last_block_of_the_turn_before(turns: dict[str, Any]) -> None:
+    loaded = [run for run in turns["runs"] if run["cached"]]
+    assert loaded, "every hit was of the shadow check's sample"
+    for run in loaded:
+        assert_same_tokens(run)
+        assert run["cached"] == run["ends"] // 32 * 32
+
+
+def test_hits_that_were_computed_again_were_the_same(turns: dict[str, Any]) -> None:
+    computed = [run for run in turns["runs"] if not run["cached"]]
+    assert computed, "no hit was of the shadow check's sample"
+    for run in computed:
+        assert_same_tokens(run)
+    assert turns["stats"]["compared_chunks"] == sum(run["ends"] // CHUNK for run in computed)
+    assert turns["stats"]["different_chunks"] == 0

@@ -57,6 +57,16 @@ def test_the_end_of_a_turn_is_not_saved_under_other_weights() -> None:
     assert again.answers[-1] == 0
 
 
+def test_a_reset_of_the_engine_finds_all_blocks_free() -> None:
+    engine = Engine(blocks=200, conversation_mode=True, delay=lambda: 5)
+    engine.add("first", prompt(1, 5 * CHUNK), max_tokens=2 * BLOCK + 1)
+    while "first" in engine.requests:
+        engine.step()
+    assert engine.owners
+    engine.reset_prefix_cache()
+    engine.run()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_conversations_in_a_small_engine_read_no_wrong_token_and_give_all_blocks_back(seed: int) -> None:
     source = random.Random(seed)
