@@ -440,3 +440,24 @@ def read_raw(raw: socket.socket, key: bytes, room: bytearray) -> None:
     while got < len(room):
         got += raw.recv_into(view[got:])
     assert raw.recv(2, socket.MSG_WAITALL) == b"\r\n"
+
+
+def test_a_large_batch_is_read_over_several_connections_and_each_key_has_its_own(server: RedisServer) -> None:
+    store = RedisStore(settings(server.port, connections=3))
+    keys = [f"wide{at}" for at in range(9)]
+    values = [payload((1 << 20) + at, at) for at in range(9)]
+    assert set(status(store.put(keys, [Source(each) for each in values], soon()))) == {"stored"}
+    assert _clients(server) == 1
+    asked = [*keys[:5], "nothing", *keys[5:]]
+    rooms = [bytearray(2 << 20) for _ in asked]
+    outcomes = store.get(asked, [Sink(room) for room in rooms], soon())
+    assert _clients(server) == 3
+    assert [each.ok for each in outcomes] == [key != "nothing" for key in asked]
+    found = [bytes(room[: each.size]) for room, each in zip(rooms, outcomes, strict=True) if each.ok]
+    assert found == values
+    store.close()
+
+
+def _clients(server: RedisServer) -> int:
+    """Connections besides the one that asks."""
+    return len(command(server.port, "CLIENT", "LIST").splitlines()) - 1
