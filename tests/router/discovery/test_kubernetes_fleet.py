@@ -16,7 +16,7 @@ from tests.support.fake_kubernetes import FakeKubernetes, fake_kubernetes
 from tests.support.simulated_worker import RunningGateway, SimulatedWorker, run, running_gateway, until
 
 PODS = 100
-EVENTS = 42
+EVENTS = 36
 PATIENT = 25.0
 
 
@@ -186,9 +186,9 @@ def test_a_hundred_pods_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert later == asked, "a request went to a pod that is not ready, or terminates"
             assert load.answered > EVENTS
             assert not load.failed, load.failed[:3]
-            assert running.gateway.control.describe_names()[0]["error"] == ""
+            await until(lambda: running.gateway.control.describe_names()[0]["error"] == "", PATIENT)
 
-    run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 240))
     print(f"converged in {statistics.median(seconds):.3f} s, at most {max(seconds):.3f} s")
     assert statistics.quantiles(seconds, n=10)[-2] < 5.0  # on a machine that does other work
 
