@@ -25,7 +25,7 @@ from router.discovery.pods import Found, Metadata, Pod, Pods
 from router.errors import UNDECODABLE, ConfigError, RouterError
 
 BACKOFF_S = (0.1, 10.0)
-UNANSWERED_S = 0.8
+UNANSWERED_S = 0.5
 """Longest pause where nobody answered: asking again costs the API nothing."""
 CALM_S = 1.0
 """A watch that ended sooner than this without a word counts as failed."""
