@@ -144,8 +144,7 @@ class Planner:
         self._taken_blocks: list[int] = []
         self._admitted: list[Message] = []
         self._timer = StepTimer(self.estimator, clock)
-        self._step = 0
-        self._evictions_seen = 0
+        self._step = self._evictions_seen = 0
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -192,7 +191,7 @@ class Planner:
             if state is None or not state.eligible:
                 return
             if self._config.conversation_mode and not state.controls.skip_save and not self.is_stale:
-                tail = self._saves.end(state, tables)
+                tail = self._saves.end(state, tables) if request_id not in self._loads else b""
                 self.turn_ended([*state.extend(), tail] if tail else state.extend())
             if state.controls.keep or state.controls.tags:
                 self.mark(state.extend(), state.controls)
@@ -376,6 +375,7 @@ class Planner:
         self._adapters[name] = loaded
         _log.warning("The LoRA adapter %s is another one now: the CPU tier is emptied", name)
         self.ledger.clear_cpu()
+        self._saves.drop_ended()
         for other in self._requests.values():
             if other.adapter is not None and other.adapter[0] == name:
                 other.eligible = False

@@ -113,9 +113,10 @@ class Saves:
     def end(self, state: RequestState, tables: Tables) -> bytes:
         """A request is over, of which more may come: the beginning of the chunk in which it ended, as far as the engine
         computed whole blocks of it, is saved in the next step, and its blocks are held until then. Returns its name, empty
-        where nothing is saved. ``tables`` are the request's blocks."""
+        where nothing is saved. ``tables`` are the request's blocks, into which nothing is being loaded."""
         request = state.request
-        computed = request.num_tokens - 1  # of the token that was sampled last nobody computed anything
+        # Of the token that was sampled last nobody computed anything, and of one that was preempted perhaps of none.
+        computed = min(request.num_tokens - 1, request.num_computed_tokens)
         whole = computed // self._size
         tokens = (computed - whole * self._size) // self.unit * self.unit
         if self.blocks is None or not self._allowed or not self._ledger.capacity or not tables:

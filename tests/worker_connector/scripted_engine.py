@@ -144,7 +144,7 @@ class Engine:
         was, request.status = request.status, "aborted"
         self.waiting = [each for each in self.waiting if each is not request]
         self.running = [each for each in self.running if each is not request]
-        self.planner.finished(name)
+        self.planner.finished(name, [list(table) for table in request.tables])
         if was != "loading":
             self._free(request)
             del self.requests[name]

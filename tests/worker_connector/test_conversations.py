@@ -1,10 +1,11 @@
 """Conversations that go on find what they computed before, the beginning of their last chunk too."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, prompt
+from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, Request, prompt
 from worker_connector.conversations import Conversations
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
@@ -86,6 +87,73 @@ def test_conversations_in_a_small_engine_read_no_wrong_token_and_give_all_blocks
             said[number] = prompt(100 + turn, 4 * CHUNK)
         asked = [*said[number], *prompt(1000 + turn, source.randrange(1, CHUNK))]
         said[number] = next_turn(engine, f"turn {turn}", asked, max_tokens=source.randrange(1, CHUNK))
+    assert not engine.owners, "blocks are still held"
+
+
+def turn_with_a_tail(engine: Engine) -> tuple[list[int], list[int]]:
+    """A prompt of five chunks and what was generated behind it, of which the beginning of a chunk is whole blocks."""
+    asked = prompt(1, 5 * CHUNK)
+    return asked, next_turn(engine, "first", asked, max_tokens=3 * BLOCK + 1)
+
+
+def preempted_again(engine: Engine, asked: list[int], said: list[int]) -> Request:
+    """A request that was preempted when it had generated the same, and is loaded again, tail and all."""
+    engine.reset_prefix_cache()
+    request = engine.add("again", asked, max_tokens=64)
+    request.outputs = list(said[len(asked) :])
+    engine.hold_loads = True
+    engine.step()
+    assert request.status == "loading"
+    return request
+
+
+def forget_tails(engine: Engine) -> None:
+    with engine.ledger.lock:
+        for slot in [slot for slot in engine.ledger._slots.values() if slot.hidden]:
+            engine.ledger.forget(slot.chunk)
+
+
+@pytest.mark.parametrize("delay", [0, 8])
+def test_what_was_still_being_loaded_when_a_request_was_given_up_is_not_saved(delay: int) -> None:
+    engine = Engine(blocks=200, conversation_mode=True)
+    asked, said = turn_with_a_tail(engine)
+    preempted_again(engine, asked, said)
+    forget_tails(engine)
+    engine.abort("again")
+    for _ in range(delay):
+        engine.step()
+    engine.hold_loads = False
+    engine.run()
+    engine.reset_prefix_cache()
+    engine.serve("third", [*said, *prompt(2, CHUNK)], max_tokens=1)
+    assert not engine.owners, "blocks are still held"
+
+
+def test_what_was_not_computed_again_when_a_request_was_given_up_is_not_saved() -> None:
+    engine = Engine(blocks=200, conversation_mode=True)
+    asked, said = turn_with_a_tail(engine)
+    request = preempted_again(engine, asked, said)
+    forget_tails(engine)
+    engine.fail_load = lambda _job, _rank: set()
+    engine.hold_loads = False
+    tables = [list(table) for table in request.tables]
+    engine.step()
+    assert request.num_computed_tokens == 0
+    engine.planner.finished("again", tables)  # vLLM frees the blocks of a failed load when it asks next
+    assert not engine.owners, "blocks are held for what nobody computed"
+
+
+def test_the_end_of_a_turn_is_not_saved_for_another_adapter_of_the_same_name() -> None:
+    engine = Engine(blocks=200, conversation_mode=True)
+    before, after = (SimpleNamespace(lora_name="a", lora_path=path, lora_int_id=1) for path in ("/one", "/other"))
+    asked = prompt(1, 5 * CHUNK)
+    first = engine.add("first", asked, max_tokens=2 * BLOCK + 1, lora_request=before)
+    while "first" in engine.requests:
+        engine.step()
+    said = [*asked, *first.outputs]
+    engine.serve("second", said[: 5 * CHUNK + 1], max_tokens=1, lora_request=after)
+    engine.reset_prefix_cache()
+    engine.serve("third", [*said, *prompt(2, CHUNK)], max_tokens=1, lora_request=after)
     assert not engine.owners, "blocks are still held"
 
 
