@@ -293,7 +293,7 @@ class Control:
         idle = {url for url in state.removed if not self.membership.origin_of(url)}
         if state.without_expired(now) is not state or idle:
             state = await self._store.update(lambda held: _tidied(held, now, idle))
-        if state is not self.state:
+        if state is not self.state or self.membership.problems:
             self._settle(state)
 
     async def _watch_file(self) -> None:

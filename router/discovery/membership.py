@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from router.config import WorkerSpec
 from router.discovery.names import NOT_READY
-from router.errors import Conflict
+from router.errors import ConfigError, Conflict
 from router.workers import Registry, Worker
 
 SETTINGS = "settings"
@@ -86,7 +86,6 @@ class Membership:
         """Make the registry as the claims say. ``at_once`` is a URL that is not drained first; at those ``replaced``
         another worker is now than before. O(workers)."""
         wanted = self._wanted()
-        self.problems = {}
         for worker in self._registry.workers:
             spec = wanted.get(worker.spec.url)
             if spec is None:
@@ -124,14 +123,16 @@ class Membership:
 
     def _add_missing(self, wanted: Mapping[str, WorkerSpec]) -> None:
         present = {worker.spec.url for worker in self._registry.workers}
+        said, self.problems = self.problems, {}
         for url, spec in wanted.items():
             if url in present:
                 continue
             try:
                 self._add(spec)
-            except Conflict as error:
-                self.problems[url] = error.message
-                _log.error("worker %s from %s is left out: %s", spec.title, self.origin_of(url), error.message)
+            except (Conflict, ConfigError) as error:
+                why = self.problems[url] = str(error)
+                if said.get(url) != why:
+                    _log.error("worker %s from %s is left out: %s", spec.title, self.origin_of(url), why)
 
     def _let_go(self, worker: Worker, *, at_once: bool) -> None:
         if at_once:
@@ -156,3 +157,5 @@ class Membership:
         while (worker.load.in_flight or worker.hands_over) and loop.time() < deadline:  # noqa: ASYNC110 - a count, nobody signals it
             await asyncio.sleep(POLL_S)
         self._drop(worker)
+        if self.problems:
+            self.settle()  # one that was left out may have waited for this one's name
