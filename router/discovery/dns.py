@@ -74,12 +74,14 @@ class NameWatch:
         try:
             async with asyncio.timeout(self.timeout):
                 answer = await self._resolve(self.spec)
+            self._take(set(answer)) if answer else self._failed("the name has no address")
         except TimeoutError:
             self._failed(f"no answer within {self.timeout:g} s")
         except (LookupFailed, OSError, UnicodeError) as error:
             self._failed(str(error))
-        else:
-            self._take(set(answer)) if answer else self._failed("the name has no address")
+        except Exception as error:  # noqa: BLE001 - whatever a name server sends, it must not end the watch
+            _log.debug("looking up %s", self.spec.title, exc_info=True)
+            self._failed(f"{type(error).__name__}: {error}")
         self.looked_up.set()
 
     def describe(self) -> dict[str, Any]:
@@ -106,8 +108,15 @@ class NameWatch:
         after = set(self._missing)
         if self.error or before != after:
             _log.info("%s names %d workers", self.spec.title, len(after))
-            self._found([worker for endpoint in self.endpoints for worker in _workers(self.spec, *endpoint)])
+            self._found([worker for endpoint in self.endpoints for worker in self._workers(endpoint)])
         self.error = ""
+
+    def _workers(self, endpoint: Endpoint) -> list[WorkerSpec]:
+        try:
+            return _workers(self.spec, *endpoint)
+        except ValueError:
+            _log.warning("%s names %s:%d, which is no worker's address", self.spec.title, *endpoint)
+            return []
 
 
 def _workers(spec: DnsSpec, host: str, port: int) -> list[WorkerSpec]:

@@ -55,6 +55,46 @@ def test_every_address_is_a_worker() -> None:
     run(scenario())
 
 
+def test_an_answer_that_names_no_machine_is_left_out_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A target of "." says that there is no such service."""
+
+    async def scenario() -> None:
+        zone, seen = Zone(), list[list[WorkerSpec]]()
+        zone.answer = ["", "10.0.0.1"]
+        watch = watch_of(zone, seen)
+        task = asyncio.create_task(watch.run())
+        await until(lambda: seen)
+        assert hosts(seen) == ["10.0.0.1"]
+        zone.answer = ["10.0.0.1", "10.0.0.2"]
+        await until(lambda: hosts(seen) == ["10.0.0.1", "10.0.0.2"])
+        assert not task.done()
+        task.cancel()
+
+    run(scenario())
+    assert any("is no worker" in record.message for record in caplog.records)
+
+
+def test_whatever_becomes_of_what_was_found_the_name_is_looked_up_again() -> None:
+    async def scenario() -> None:
+        zone, seen = Zone(), list[list[WorkerSpec]]()
+
+        def found(workers: list[WorkerSpec]) -> None:
+            if not seen:
+                seen.append([])
+                raise RuntimeError("not now")
+            seen.append(workers)
+
+        zone.answer = ["10.0.0.1"]
+        watch = NameWatch(NAME, found, interval=0.01, timeout=0.2, resolve=zone)
+        task = asyncio.create_task(watch.run())
+        await until(lambda: len(seen) > 1)
+        assert hosts(seen) == ["10.0.0.1"]
+        assert not watch.error
+        task.cancel()
+
+    run(scenario())
+
+
 def test_every_rank_of_an_address_is_a_worker() -> None:
     async def scenario() -> None:
         zone, seen = Zone(), list[list[WorkerSpec]]()
