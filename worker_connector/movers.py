@@ -1,7 +1,8 @@
 """The worker half: copies bytes between the KV cache and the slab, and decides nothing.
 
 ``Transfers`` runs the copies of a ``Copier`` on two threads, one for loads and one for saves, so that a load never
-queues behind a save. What the engine's thread may rely on:
+queues behind a save; what saves are compared with is compared on a third, so that no save queues behind that. What the
+engine's thread may rely on:
 
 - ``load`` and ``save`` only enqueue. On a GPU the copies run on a stream of their own, after everything that the engine
   had enqueued on its stream until then; the engine's stream never waits for them.
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +166,7 @@ class _Abandoned(Exception):
 
 class Transfers:
     """Runs the plans of one rank, in the process that made it. ``make_stream`` is called once for each direction, ``compare``
-    for the comparisons of a save that was copied.
+    for each comparison of a save that was copied.
 
     Raises:
         ConnectorError: a mover could not be set up.
@@ -187,6 +189,8 @@ class Transfers:
         self._saving: set[int] = set()
         self._given_up: set[int] = set()
         self._slots = SlotUse()
+        self._comparing = 0
+        self._comparer = ThreadPoolExecutor(1, "warmroute-compare")
         self._loader = _Mover("warmroute-load", make_stream(), copier.loads)
         self._saver = _Mover("warmroute-save", make_stream(), copier.saves)
         try:
@@ -271,7 +275,10 @@ class Transfers:
             mover.stop()
         deadline = time.monotonic() + timeout
         ended = [mover.join(max(0.0, deadline - time.monotonic())) for mover in movers]
-        return all(ended)
+        with self._changed:
+            compared = self._changed.wait_for(lambda: not self._comparing, max(0.0, deadline - time.monotonic()))
+        self._comparer.shutdown(wait=compared)
+        return compared and all(ended)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -356,18 +363,46 @@ class Transfers:
         began = time.monotonic()
         job = save.job
         ok = self._copy_out(save)
-        compared = self._compare(job.compare) if ok and job.compare else {}
         sample = Sample(self._copier.nbytes(job.spans), time.monotonic() - began)
         with self._changed:
             self._saving.discard(job.job)
-            self._report.saved[job.job] += 1
             if not save.conflicts:
                 self._slots.end_write(save.slots)
-            if not ok or job.job in self._given_up:
+            if job.job in self._given_up:
                 self._given_up.discard(job.job)
-                self._report.failed_saves.add(job.job)
-            else:
+                ok = False
+            if ok:
                 _keep(self._report.saves, sample)
+            # Its blocks have been read, which is what the engine may wait for.
+            if not (ok and job.compare and self._compare_later(job)):
+                self._tell_saved(job, ok=ok)
+            self._changed.notify_all()
+
+    def _tell_saved(self, job: SaveJob, *, ok: bool) -> None:
+        self._report.saved[job.job] += 1
+        if not ok:
+            self._report.failed_saves.add(job.job)
+
+    def _compare_later(self, job: SaveJob) -> bool:
+        """Whether the save's comparisons will be made, and the save told afterwards."""
+        try:
+            self._comparer.submit(self._run_compare, job)
+        except RuntimeError:  # the engine shuts down
+            return False
+        self._comparing += 1
+        return True
+
+    def _run_compare(self, job: SaveJob) -> None:
+        compared: dict[int, float] = {}
+        try:
+            for each in job.compare:
+                if not self._saver.stopped:
+                    compared |= self._compare([each])
+        except Exception:  # noqa: BLE001 - what cannot be compared was saved all the same
+            _log.exception("Comparing chunks with what was computed again failed")
+        with self._changed:
+            self._comparing -= 1
+            self._tell_saved(job, ok=True)
             if compared:
                 self._report.compared[job.job] = compared
             self._changed.notify_all()

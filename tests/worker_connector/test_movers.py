@@ -2,7 +2,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,21 +15,24 @@ from worker_connector import movers  # noqa: E402
 from worker_connector.copier import Copier, Receipt  # noqa: E402
 from worker_connector.errors import ConnectorError  # noqa: E402
 from worker_connector.movers import SlotUse, Stream, Transfers  # noqa: E402
-from worker_connector.plan import LoadJob, SaveJob, Span, WorkerReport  # noqa: E402
+from worker_connector.plan import Comparison, LoadJob, SaveJob, Span, WorkerReport  # noqa: E402
 from worker_connector.regions import Region, SlotLayout  # noqa: E402
 
 BLOCKS, SLOTS, PER_CHUNK = 40, 6, 4
 LAYOUT = SlotLayout([[Region(0, 512, 512), Region(BLOCKS * 512, 512, 512)]], [PER_CHUNK])
 DEADLINE = 5.0
+Compare = Callable[[Iterable[Comparison]], dict[int, float]]
 
 
 class Rig:
     """A cache and a slab of plain tensors, with transfers between them."""
 
-    def __init__(self, copier: type[Copier] = Copier, stream: Callable[[], Stream] = Stream) -> None:
+    def __init__(
+        self, copier: type[Copier] = Copier, stream: Callable[[], Stream] = Stream, compare: Compare = lambda _: {}
+    ) -> None:
         self.cache = torch.randint(0, 256, (BLOCKS * 1024,), dtype=torch.uint8)
         self.slab = torch.zeros(SLOTS * LAYOUT.slot_bytes, dtype=torch.uint8)
-        self.transfers = Transfers(copier(self.cache, self.slab, LAYOUT), stream)
+        self.transfers = Transfers(copier(self.cache, self.slab, LAYOUT), stream, compare)
         self.report = WorkerReport()
         self.finished: list[str] = []
         self.failed: list[str] = []
@@ -59,8 +62,10 @@ class Rig:
 
 
 @contextmanager
-def rig(copier: type[Copier] = Copier, stream: Callable[[], Stream] = Stream) -> Iterator[Rig]:
-    made = Rig(copier, stream)
+def rig(
+    copier: type[Copier] = Copier, stream: Callable[[], Stream] = Stream, compare: Compare = lambda _: {}
+) -> Iterator[Rig]:
+    made = Rig(copier, stream, compare)
     try:
         yield made
     finally:
@@ -183,6 +188,63 @@ def test_a_save_that_takes_too_long_fails_and_the_engine_goes_on(monkeypatch: py
         GatedCopier.gate.set()
         bench.until(lambda: bench.report.saved[1] == bench.report.saved[2] == 1)
         assert bench.report.failed_saves == {1}
+
+
+def compared_save(bench: Rig, job: int) -> None:
+    bench.transfers.save(SaveJob(job, [Span(job, 0, 0, [1, 2, 3, 4])], [Comparison(4, job), Comparison(5, job)]))
+
+
+def test_comparisons_are_told_with_the_save() -> None:
+    with rig(compare=lambda pairs: {pair.held: 0.5 for pair in pairs}) as bench:
+        compared_save(bench, 1)
+        bench.until(lambda: bench.report.saved[1] == 1)
+        assert bench.report.compared == {1: {4: 0.5, 5: 0.5}}
+        assert not bench.report.failed_saves
+
+
+def test_comparing_keeps_neither_the_engine_nor_other_saves() -> None:
+    gate = threading.Event()
+
+    def slowly(_: Iterable[Comparison]) -> dict[int, float]:
+        assert gate.wait(DEADLINE)
+        return {}
+
+    with rig(compare=slowly) as bench:
+        compared_save(bench, 1)
+        bench.save(2, 3, [5, 6, 7, 8])
+        bench.transfers.settle([1, 2])
+        bench.until(lambda: bench.report.saved[2] == 1)
+        assert not bench.report.saved[1], "a save is told before its slots are free of comparisons"
+        gate.set()
+        bench.until(lambda: bench.report.saved[1] == 1)
+
+
+def test_a_comparison_that_fails_costs_nothing_but_itself(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: Iterable[Comparison]) -> dict[int, float]:
+        raise MemoryError("no room")
+
+    with rig(compare=fail) as bench:
+        for job in (1, 2):
+            compared_save(bench, job)
+        bench.until(lambda: bench.report.saved[1] == bench.report.saved[2] == 1)
+        assert not bench.report.failed_saves
+        assert "no room" in caplog.text
+
+
+def test_closing_waits_for_a_comparison_and_drops_the_rest() -> None:
+    begun, made = threading.Event(), list[Comparison]()
+
+    def slowly(pairs: Iterable[Comparison]) -> dict[int, float]:
+        begun.set()
+        time.sleep(0.2)
+        made.extend(pairs)
+        return {}
+
+    bench = Rig(compare=slowly)
+    compared_save(bench, 1)
+    assert begun.wait(DEADLINE)
+    assert bench.transfers.close()
+    assert len(made) == 1, "the slab may go away now"
 
 
 def test_a_failed_load_names_its_slot_and_spares_the_others() -> None:
