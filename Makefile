@@ -3,6 +3,7 @@
 # make check   style and types only; make unit   the tests that start no engine
 #   tests run in two processes, one of which has all that start engines; in one with PROCESSES=
 # make wheel   the wheel under dist, with the platform tag that its libraries allow; TAG=no leaves it as built
+# make docs    these pages as a site under build/docs, warnings being errors; make docs-reference   what they take from the code
 # make lock    writes the locked requirements anew; make sbom, make audit   what is in the images, and what is known of it
 # make gpu-check   on a machine with a GPU and PyTorch: builds, tests and measures the CUDA backend (docs/gpu.md)
 # Everything is installed into .venv in this checkout; PYTHON chooses the interpreter it is made with.
@@ -19,7 +20,7 @@ SUPPLY := $(STAMPS)/supply
 SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed' -o -path '*/page/*') pyproject.toml README.md \
 	CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test check unit wheel lock sbom audit gpu-check clean
+.PHONY: demo test check unit docs docs-reference wheel lock sbom audit gpu-check clean
 
 demo: $(STAMPS)/package
 	$(BIN)/pip install --quiet openai
@@ -92,6 +93,13 @@ $(STAMPS)/browser: $(STAMPS)/venv
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo "no Chromium here: tests of the dashboard in a browser will be skipped"
 	touch $@
+
+docs: $(STAMPS)/tools
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+docs-reference: $(STAMPS)/package
+	PYTHONPATH=$(CURDIR) $(BIN)/python docs/reference.py
 
 wheel: $(STAMPS)/package
 	mkdir -p dist

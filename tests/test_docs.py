@@ -1,11 +1,14 @@
 """Documentation is held against the code: what a user can set or read is described."""
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
 
 from router.admission import Admission
+from router.api import make_rest
+from router.app import Gateway
 from router.config import Settings
 from router.endpoints import BY_LOAD, OWN, PROMPTS, REFUSED, REFUSED_BELOW
 from router.findings import CHECKS
@@ -14,7 +17,7 @@ from router.metrics import Metrics
 from router.reload import RELOADABLE
 from router.workers import Registry
 from worker_connector.config import SETTINGS
-from worker_connector.config_names import ALIASES
+from worker_connector.config_names import ABSENT, ALIASES
 from worker_connector.stats import FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,28 +26,46 @@ HTTP_API = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", sorted({*SETTINGS, *ALIASES, *Settings.model_fields}))
-def test_every_setting_is_described(name: str) -> None:
+@pytest.mark.parametrize("name", sorted({*SETTINGS, *Settings.model_fields}))
+def test_every_setting_has_its_heading(name: str) -> None:
+    wanted = (name in SETTINGS) + (name in Settings.model_fields)
+    assert CONFIGURATION.count(f"\n#### `{name}`\n") == wanted
+
+
+@pytest.mark.parametrize("name", sorted({*ALIASES, *ABSENT}))
+def test_every_name_from_elsewhere_is_described(name: str) -> None:
     assert f"`{name}" in CONFIGURATION
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
-def test_every_figure_of_the_connector_is_described(figure: object) -> None:
-    assert f"`warmroute_{figure.name}" in METRICS  # type: ignore[attr-defined]
+def test_every_figure_of_the_connector_has_its_heading(figure: object) -> None:
+    assert f"\n### `warmroute_{figure.name}" in METRICS  # type: ignore[attr-defined]
 
 
-def test_every_metric_of_the_gateway_is_described() -> None:
+def test_every_metric_of_the_gateway_has_its_heading() -> None:
     settings = Settings()
     admission = Admission(settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes)
     shown = Metrics(Registry(), Index(), admission).render().decode()
     names = {name for name in re.findall(r"^# HELP (\S+)", shown, re.MULTILINE) if not name.endswith("_created")}
     assert len(names) > 25
-    assert not [name for name in sorted(names) if f"`{name}`" not in METRICS]
+    own = {name for name in names if name.startswith("warmroute_")}
+    assert not [name for name in sorted(own) if f"\n### `{name}`\n" not in METRICS]
+    assert not [name for name in sorted(names - own) if f"`{name}`" not in METRICS]
 
 
 @pytest.mark.parametrize("path", sorted({*PROMPTS, *BY_LOAD, *OWN}))
 def test_every_endpoint_has_its_heading(path: str) -> None:
     assert f"### `{path}`\n" in HTTP_API
+
+
+def test_every_route_of_the_application_has_its_heading() -> None:
+    async def served() -> set[str]:
+        return {getattr(route, "path", "") for route in make_rest(Gateway(Settings())).routes}
+
+    shown = {"/v1/models/{model:path}", "/dashboard/{name:path}"}  # below a heading, in its text
+    paths = asyncio.run(served()) - shown
+    assert len(paths) > 20
+    assert not [path for path in sorted(paths) if f"\n### `{path}`\n" not in HTTP_API]
 
 
 @pytest.mark.parametrize("path", sorted({*REFUSED, *REFUSED_BELOW}))
@@ -62,10 +83,3 @@ def test_every_setting_that_can_be_changed_while_running_is_named() -> None:
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     listed = page.partition("These can be changed: ")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == RELOADABLE
-
-
-def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
