@@ -233,6 +233,7 @@ class PodWatch:
             except Exception as error:  # noqa: BLE001 - whatever an API server sends, it must not end the watch
                 if not _is_foreseen(error):
                     _log.debug("watching %s", self.spec.title, exc_info=True)
+                    self._version, self._cause = "", "failed"  # what it was about may have been lost
                 self._failed(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
             self.looked_up.set()
             await asyncio.sleep(self._pause())
@@ -303,10 +304,10 @@ class PodWatch:
         found = self.pods.found()
         state = (found.workers, found.held)
         if state != self._last or found.replaced:
-            self._last = state
             usable, held = self.counts
             _log.info("%s names %d workers, %d of them held", self.spec.title, usable + held, held)
             self._found(self.spec.title, found)
+            self._last = state
         for name, why in self.pods.problems.items():
             if self._said_problems.get(name) != why:
                 _log.warning("pod %s is no worker: %s", name, why)

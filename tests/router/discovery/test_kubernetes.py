@@ -362,6 +362,28 @@ def test_what_no_server_should_send_does_not_end_the_watch(play: Play) -> None:
     play(scenario)
 
 
+def test_what_could_not_be_made_of_the_pods_is_made_of_the_next_list(play: Play) -> None:
+    async def scenario(server: FakeKubernetes) -> None:
+        server.add("a")
+        calls = list[list[str]]()
+
+        def found(_: str, found: Found) -> None:
+            calls.append([worker.name for worker in found.workers])
+            if len(calls) == 2:
+                raise RuntimeError("not now")
+
+        watch = PodWatch(PODS, found, rng=random.Random(1))
+        task = asyncio.create_task(watch.run())
+        await until(lambda: calls and server.watching, PATIENT)
+        server.add("b", "127.0.0.2")
+        await until(lambda: calls[-1] == ["a", "b"] and len(calls) == 3, PATIENT)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    play(scenario)
+
+
 def test_inside_a_cluster_the_service_account_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its token, read again once it was refused; its CA; and its namespace, where none is set."""
     made = certificates(tmp_path)
