@@ -16,6 +16,11 @@ EXPOSED = (
 )
 
 
+def origins_of(text: str) -> list[str]:
+    """The origins of a setting, which spaces or commas separate."""
+    return [origin for origin in re.split(r"[\s,]+", text) if origin]
+
+
 def share_with_origins(app: Any, origins: str) -> CORSMiddleware:
     """``app`` for pages of these origins, separated by spaces or commas; ``*`` is any.
 
@@ -23,7 +28,7 @@ def share_with_origins(app: Any, origins: str) -> CORSMiddleware:
     """
     return CORSMiddleware(
         app,
-        allow_origins=[origin for origin in re.split(r"[\s,]+", origins) if origin],
+        allow_origins=origins_of(origins),
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         allow_credentials=False,

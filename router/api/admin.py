@@ -13,6 +13,7 @@ from router.api.dashboard import add_data
 from router.cache_control import Operation, Options, PromptKind, control, kind_of
 from router.config import LOOPBACK, WorkerSpec
 from router.control import MAX_TTL_S
+from router.cross_origin import origins_of
 from router.errors import Forbidden, NotFound, Unauthorized
 from router.explain import explain_body, explain_id
 from router.policies import comparison_of
@@ -301,6 +302,7 @@ def explanation(gateway: "Gateway", plan: "Plan", routed: "Routed | None") -> di
 
 def _guard(gateway: "Gateway") -> Any:
     token = gateway.settings.admin_token.get_secret_value()
+    friends = set(origins_of(gateway.settings.cors_origins)) - {"*"}
 
     async def guard(request: Request) -> None:
         if token:
@@ -316,11 +318,18 @@ def _guard(gateway: "Gateway") -> Any:
         elif not _names_loopback(request.headers.get("host", "")):
             # A page in a browser on this machine can have its own name resolve to 127.0.0.1.
             raise Forbidden("without an admin token the admin endpoints answer to localhost only", code="admin_closed")
-        elif not gateway.settings.cors_origins and request.headers.get("sec-fetch-site", "none") not in _OWN_PAGES:
+        elif _is_of_another_page(request) and request.headers.get("origin") not in friends:
             # A browser on this machine sends simple requests for any page, and says so.
             raise Forbidden("without an admin token no page of another origin may do that", code="admin_closed")
 
     return guard
+
+
+def _is_of_another_page(request: Request) -> bool:
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is None and origin is not None:  # an older browser
+        return origin.partition("://")[2] != request.headers.get("host", "")
+    return site is not None and site not in _OWN_PAGES
 
 
 def _names_loopback(host: str) -> bool:

@@ -139,6 +139,31 @@ def test_without_a_token_no_page_of_another_origin_reaches_the_admin_endpoints()
     run(scenario())
 
 
+def test_an_origin_that_may_call_lets_no_other_page_reach_the_admin_endpoints() -> None:
+    named, other = "https://page.example", "https://evil.example"
+    tried = [
+        ({"sec-fetch-site": "cross-site", "origin": named}, 200),
+        ({"sec-fetch-site": "cross-site", "origin": other}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "cross-site", "origin": "null"}, 403),
+        ({"origin": named}, 200),
+        ({"origin": other}, 403),
+        ({"origin": "http://localhost:8080", "host": "localhost:8080"}, 200),
+        ({"origin": "http://localhost:3000", "host": "localhost:8080"}, 403),
+    ]
+
+    async def scenario() -> None:
+        async with running_gateway(cors_origins=f"{named}, https://b.example") as gateway:
+            for headers, status in tried:
+                answer = await gateway.client.post("/admin/cache/clear", headers=headers)
+                assert answer.status_code == status, headers
+        async with running_gateway(cors_origins="*") as gateway:
+            headers = {"sec-fetch-site": "cross-site", "origin": other}
+            assert (await gateway.client.post("/admin/cache/clear", headers=headers)).status_code == 403
+
+    run(scenario())
+
+
 def test_switched_off_it_is_not_there_and_keeps_nothing() -> None:
     async def scenario() -> None:
         async with running_gateway(*await some_workers(1), dashboard=False) as gateway:
