@@ -99,7 +99,8 @@ class Pins:
 
     def expire(self) -> None:
         """End what has reached its end. O(1) where that is nothing."""
-        if not self._ends or self._ends[0][0] > self._clock():
+        ends = self._ends  # which another thread may replace
+        if not ends or ends[0][0] > self._clock():
             return
         with self._ledger.lock:
             now = self._clock()

@@ -110,3 +110,25 @@ def test_random_pins_keep_their_books_and_stay_bounded() -> None:
         setting.ledger.check()
         assert len(setting.pins) <= 12
         assert len(setting.pins._ends) <= 2 * 12 + 65
+
+
+class Vanishing(list[tuple[float, bytes]]):
+    """Ends that another thread takes away as soon as the engine's has seen that there are some."""
+
+    def __init__(self, pins: Pins, ends: list[tuple[float, bytes]]) -> None:
+        super().__init__(ends)
+        self.pins = pins
+
+    def __bool__(self) -> bool:
+        self.pins.clear()
+        return True
+
+
+def test_pins_may_be_ended_while_the_engine_looks_for_what_has_ended() -> None:
+    setting = Setting(200)
+    for number in range(100):
+        setting.store(number)
+    setting.pins.pin([chunk(number) for number in range(100)], 10)
+    setting.pins._ends = Vanishing(setting.pins, setting.pins._ends)
+    setting.pins.expire()
+    assert len(setting.pins) == 0
