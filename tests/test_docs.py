@@ -17,7 +17,7 @@ from router.metrics import Metrics
 from router.reload import RELOADABLE
 from router.workers import Registry
 from worker_connector.config import SETTINGS
-from worker_connector.config_names import ABSENT, ALIASES
+from worker_connector.config_names import ABSENT, ALIASES, UNNEEDED
 from worker_connector.stats import FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def test_every_setting_has_its_heading(name: str) -> None:
     assert CONFIGURATION.count(f"\n#### `{name}`\n") == wanted
 
 
-@pytest.mark.parametrize("name", sorted({*ALIASES, *ABSENT}))
+@pytest.mark.parametrize("name", sorted({*ALIASES, *ABSENT, *UNNEEDED}))
 def test_every_name_from_elsewhere_is_described(name: str) -> None:
     assert f"`{name}" in CONFIGURATION
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from worker_connector.config_names import ABSENT, ALIASES, DEFAULT_CPU_RATIO, SECTIONS, asks
+from worker_connector.config_names import ABSENT, ALIASES, DEFAULT_CPU_RATIO, SECTIONS, UNNEEDED, asks
 from worker_connector.config_values import (
     boolean,
     choice,
@@ -33,6 +33,7 @@ from worker_connector.config_values import (
     size,
     text,
     urls,
+    warmup,
 )
 from worker_connector.errors import ConfigurationError
 from worker_connector.eviction import POLICIES
@@ -48,7 +49,8 @@ DEFAULT_DISK_PATH = "~/.cache/warmroute/chunks"
 
 _SECRET = frozenset({"remote_url", "report_token"})
 _PREFIXES = ("warmroute.", "lmcache.")
-_LMCACHE_PROCESS_NAMES = frozenset({"config_file", "log_level", "use_experimental", "force_skip_save", "track_usage"})
+_NEAR_MISS = 0.85
+_LMCACHE_PROCESS_NAMES = frozenset({"config_file"})
 
 # A child of vLLM's logger, so that its handlers and level apply inside an engine.
 _log = logging.getLogger("vllm.warmroute.config")
@@ -187,7 +189,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "write_policy": choice("through", "back"),
     "write_admission": choice("always", "second-touch"),
     "ttl": non_negative,
-    "cache_warmup": boolean,
+    "cache_warmup": warmup,
     "conversation_mode": boolean,
     "conversation_seconds": seconds,
     "lower_tier_patience": seconds,
@@ -212,6 +214,8 @@ def _sources(extra: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[t
     """Weakest first."""
     for variable in ("LMCACHE_CONFIG_FILE", "WARMROUTE_CONFIG_FILE"):
         if path := environ.get(variable):
+            if variable.startswith("LMCACHE_"):
+                _log.info("%s is read as WARMROUTE_CONFIG_FILE", variable)
             yield f"{variable} {path}", _read_file(variable, path)
     yield "environment", dict(_lmcache_environment(environ))
     yield "environment", dict(_own_environment(environ))
@@ -247,7 +251,11 @@ def _lmcache_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]
         if not variable.startswith("LMCACHE_") or name in _LMCACHE_PROCESS_NAMES:
             continue
         if _is_known(name):
+            if name in SETTINGS:
+                _log.info("%s is read as WARMROUTE_%s", variable, name.upper())
             yield name, environ[variable]
+        elif nearest := difflib.get_close_matches(name, (*SETTINGS, *ALIASES), 1, _NEAR_MISS):
+            raise ConfigurationError(f"{variable} is no setting: did you mean LMCACHE_{nearest[0].upper()}?")
         else:
             _log.warning("%s has no meaning here and is not used", variable)
 
@@ -259,13 +267,13 @@ def _own_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             continue
         if _is_known(name):
             yield name, environ[variable]
-        elif nearest := difflib.get_close_matches(name, SETTINGS, 1, 0.85):
+        elif nearest := difflib.get_close_matches(name, SETTINGS, 1, _NEAR_MISS):
             # The router reads WARMROUTE_* too, so only a near miss can be told for a mistake.
             raise ConfigurationError(f"{variable} is no setting: did you mean WARMROUTE_{nearest[0].upper()}?")
 
 
 def _is_known(name: str) -> bool:
-    return name in _PARSERS or name in ALIASES or name in ABSENT
+    return name in _PARSERS or name in ALIASES or name in ABSENT or name in UNNEEDED
 
 
 def _read_layer(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,6 +282,9 @@ def _read_layer(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     flat = dict(_flatten(source, raw))
     for name, value in flat.items():
         if value is None:
+            continue
+        if name in UNNEEDED:
+            _log.info("%s: %s is not needed: %s", source, name, UNNEEDED[name])
             continue
         if name in ABSENT:
             _refuse_absent(source, name, value, flat)
@@ -294,6 +305,8 @@ def _flatten(source: str, raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         name = str(given)
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
+        if name in SETTINGS and str(given).startswith("lmcache."):
+            _log.info("%s: %s is read as %s", source, given, name)
         if name in ("warmroute", "lmcache") and isinstance(value, Mapping):
             yield from _flatten(source, value)
         elif name in SECTIONS and isinstance(value, Mapping):

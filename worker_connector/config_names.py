@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from worker_connector.config_values import boolean, gibibytes
+from worker_connector.config_values import boolean, gibibytes, number
 
 DEFAULT_CPU_RATIO = 0.3
 """What a CPU tier asked for by ``local_device: cpu`` alone takes, as a share of the GPU's KV cache."""
@@ -14,7 +14,7 @@ def _renamed(native: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _cpu_gigabytes(value: Any) -> dict[str, Any]:
-    return {"cpu_bytes": gibibytes(value)}
+    return {"enable_cpu": False} if _is_zero(value) else {"cpu_bytes": gibibytes(value)}
 
 
 def _local_device(value: Any) -> dict[str, Any]:
@@ -24,11 +24,18 @@ def _local_device(value: Any) -> dict[str, Any]:
 def _local_disk(value: Any) -> dict[str, Any]:
     if isinstance(value, str) and ("/" in value or value.startswith("~")):
         return {"disk_path": value}
-    return {"enable_disk": value}
+    try:
+        return {"enable_disk": boolean(value)}
+    except ValueError:
+        raise ValueError('it must be true, false or a path, such as "/mnt/cache" or "./cache"') from None
 
 
 def _disk_gigabytes(value: Any) -> dict[str, Any]:
-    return {"disk_bytes": gibibytes(value)}
+    return {"enable_disk": False} if _is_zero(value) else {"disk_bytes": gibibytes(value)}
+
+
+def _milliseconds(value: Any) -> dict[str, Any]:
+    return {"lookup_timeout": number(value, "a number of milliseconds") / 1000}
 
 
 def _compression(value: Any) -> dict[str, Any]:
@@ -40,6 +47,11 @@ def _compression(value: Any) -> dict[str, Any]:
 def _serde(value: Any) -> dict[str, Any]:
     word = str(value or "naive").strip().lower()
     return {"remote_codec": "raw" if word in ("none", "naive", "msgpack") else word}
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a size asks for a tier that holds nothing, as LMCache's own default for its disk does."""
+    return not isinstance(value, bool) and _is_harmless(value, (0,))
 
 
 ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -57,6 +69,9 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "enable_remote_cache": _renamed("enable_remote"),
     "remote_serde": _serde,
     "compression": _compression,
+    "lookup_timeout_ms": _milliseconds,
+    "blocking_timeout_secs": _renamed("remote_timeout"),
+    "local_cpu_use_hugepages": _renamed("huge_pages"),
 }
 """Foreign name -> reader that gives native settings."""
 
@@ -131,8 +146,28 @@ ABSENT: dict[str, Absent] = {
     "save_unfull_chunk": Absent("only whole chunks are kept: leave it false"),
     "enable_blending": Absent("caches are exact, never blended: leave it false"),
     "enable_p2p": Absent("engines exchange chunks through a shared store: set remote_url"),
-    "nixl_backends": Absent("transfers between engines are not part of this connector: use vLLM's NixlConnector"),
+    "nixl_backends": Absent(
+        "this connector does not speak NIXL: start with warmroute worker, which puts vLLM's NixlConnector beside it, or "
+        'give MultiConnector with {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_connector_extra_config": '
+        '{"backends": ["UCX"]}} before this one'
+    ),
+    "force_skip_save": Absent('an engine that saves nothing has "kv_role": "kv_consumer"'),
+    "discard_partial_chunks": Absent("only whole chunks are kept: leave it true", (True, 1, "")),
+    "numa_mode": Absent("the node is found out, or named by numa_node", ("auto", "null", "none", "")),
 }
+
+
+UNNEEDED: dict[str, str] = {
+    "use_layerwise": "chunks are loaded and saved beside the computation",
+    "enable_async_loading": "loads never block a step",
+    "enable_lazy_memory_allocator": "the CPU tier's memory is taken once",
+    "enable_controller": "routers read the report port of each engine",
+    "lmcache_instance_id": "engines are told apart by their report ports, and named at routers by --worker-name",
+    "pre_caching_hash_algorithm": "chunks have hashes that are equal in every process",
+    "track_usage": "nothing is sent to anybody",
+    "use_experimental": "there is one connector",
+}
+"""Known name of what needs no setting here, whatever its value -> why not."""
 
 
 def asks(absent: Absent, value: Any, layer: Mapping[str, Any]) -> bool:

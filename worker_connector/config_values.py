@@ -21,6 +21,17 @@ def boolean(value: Any) -> bool:
     return word in _TRUE
 
 
+def warmup(value: Any) -> bool:
+    """Whether to fetch at start what was used last; prompts to compute are another's business."""
+    try:
+        return boolean(value)
+    except ValueError:
+        raise ValueError(
+            "it must be true or false: prompts to compute at start stand in the file that the gateway's warmup_prompts "
+            "names (warmroute serve --warmup-prompts FILE)"
+        ) from None
+
+
 def positive(value: Any) -> int:
     return _integer(value, 1, 2**31 - 1)
 
@@ -65,35 +76,35 @@ def size(value: Any) -> int:
 
 def gibibytes(value: Any) -> int:
     """Bytes, from the GB (of 2^30 bytes) that LMCache counts in."""
-    amount = _number(value, "a number of GB above zero")
+    amount = number(value, "a number of GB above zero")
     if not 0 < amount < 1 << 30:
         raise ValueError("it must be a number of GB above zero")
     return int(amount * (1 << 30))
 
 
 def fraction(value: Any) -> float:
-    amount = _number(value, "a share above 0, such as 0.3")
+    amount = number(value, "a share above 0, such as 0.3")
     if not 0 < amount <= 1000:
         raise ValueError("it must be a share above 0 (0.3 is 30 % of the GPU's KV cache), and at most 1000")
     return amount
 
 
 def seconds(value: Any) -> float:
-    amount = _number(value, "a number of seconds")
+    amount = number(value, "a number of seconds")
     if not 0.05 <= amount <= 3600:
         raise ValueError("it must be between 0.05 and 3600 seconds")
     return amount
 
 
 def share(value: Any) -> float:
-    amount = _number(value, "a share")
+    amount = number(value, "a share")
     if not 0 <= amount <= 1:
         raise ValueError("it must be between 0 and 1")
     return amount
 
 
 def short_seconds(value: Any) -> float:
-    amount = _number(value, "a number of seconds")
+    amount = number(value, "a number of seconds")
     if not 0.001 <= amount <= 60:
         raise ValueError("it must be between 0.001 and 60 seconds")
     return amount
@@ -139,13 +150,14 @@ def codec(value: Any) -> str:
 
 
 def _integer(value: Any, least: int, most: int) -> int:
-    amount = _number(value, "a whole number")
+    amount = number(value, "a whole number")
     if amount != int(amount) or not least <= amount <= most:
         raise ValueError(f"it must be a whole number between {least} and {most}")
     return int(amount)
 
 
-def _number(value: Any, wanted: str) -> float:
+def number(value: Any, wanted: str) -> float:
+    """A finite number; ``wanted`` says what is, if it is none."""
     try:
         amount = None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker_connector.config import SETTINGS, ConnectorConfig
-from worker_connector.config_names import ABSENT, ALIASES, SECTIONS
+from worker_connector.config_names import ABSENT, ALIASES, SECTIONS, UNNEEDED
 from worker_connector.config_values import size
 from worker_connector.errors import ConfigurationError
 
@@ -221,7 +221,7 @@ def test_mistakes_are_named(extra: dict[Any, Any], message: str) -> None:
         ({"retrieval_mode": "semantic"}, "available here: exact"),
         ({"enable_vision_cache": True}, "vision encoders"),
         ({"save_decode_cache": False}, "generated tokens are always saved"),
-        ({"nixl_backends": ["UCX"]}, "use vLLM's NixlConnector"),
+        ({"nixl_backends": ["UCX"]}, "puts vLLM's NixlConnector beside it"),
     ],
     ids=str,
 )
@@ -314,7 +314,8 @@ def test_units(text: str, nbytes: int | None) -> None:
 
 
 def test_every_name_leads_somewhere() -> None:
-    known = {*SETTINGS, *ALIASES, *ABSENT}
+    known = {*SETTINGS, *ALIASES, *ABSENT, *UNNEEDED}
+    assert len(known) == len(SETTINGS) + len(ALIASES) + len(ABSENT) + len(UNNEEDED)
     assert {name for section in SECTIONS.values() for name in section.values()} <= known
     assert not set(SETTINGS) & set(ABSENT)
     fields = set(ConnectorConfig.__dataclass_fields__) - {"report_port_is_default"}
