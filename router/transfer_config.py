@@ -4,6 +4,7 @@ variables and flags that were written for other caches ask for.
 The connector itself reads its settings (``WARMROUTE_*``, ``LMCACHE_*``, files); here is only what it cannot see.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from router.engine_flags import EngineFlags
 from router.errors import ConfigError
 
 CONNECTOR = "WarmrouteConnector"
+NIXL = "NixlConnector"
 MODULE = "worker_connector"
 FLAG = "--kv-transfer-config"
 STAND_INS = ("LMCacheConnectorV1", "OffloadingConnector")
@@ -76,11 +78,28 @@ def _own_entry(whole: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     entries = _extra(whole).get("connectors")
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and (entry.get("kv_connector") == CONNECTOR or _path(entry) == MODULE):
+            # vLLM reads this of the whole alone, and would fail a request whose cache cannot be delivered.
+            whole.setdefault("kv_load_failure_policy", "recompute")
+            _behind_nixl(entries, entry, notes)
             return entry
     raise ConfigError(
         f"the MultiConnector of {FLAG} does not hold {CONNECTOR}: add "
         f'{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_both"}} to its connectors, or run vllm serve itself'
     )
+
+
+def _behind_nixl(entries: list[Any], ours: dict[str, Any], notes: list[str]) -> None:
+    """Of several connectors vLLM passes on the first handshake, and NIXL cannot do without its own."""
+    nixl = [at for at, entry in enumerate(entries) if isinstance(entry, dict) and _is_nixl(entry.get("kv_connector"))]
+    at = next(at for at, entry in enumerate(entries) if entry is ours)
+    if nixl and nixl[-1] > at:
+        entries.insert(nixl[-1] + 1, ours)
+        del entries[at]
+        notes.append(f"{FLAG}: {NIXL} goes before {CONNECTOR}, because vLLM passes on the first handshake alone")
+
+
+def _is_nixl(name: object) -> bool:
+    return isinstance(name, str) and name.startswith("Nixl")
 
 
 def _adopted(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -91,15 +110,20 @@ def _adopted(entry: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         )
     if name != CONNECTOR and name not in STAND_INS:
         raise ConfigError(
-            f"{FLAG} names {name}: to have both, give MultiConnector with "
-            f'{{"connectors": [{{"kv_connector": "{CONNECTOR}", "kv_role": "kv_both"}}, {{"kv_connector": "{name}", …}}]}} '
-            "as its kv_connector_extra_config; to have that one alone, run vllm serve itself"
+            f"{FLAG} names {name}: to have both, give MultiConnector with {_both(entry)} as its "
+            "kv_connector_extra_config; to have that one alone, run vllm serve itself"
         )
     if name != CONNECTOR:
         entry["kv_connector"] = CONNECTOR
         entry.pop("kv_connector_module_path", None)
         notes.append(f"{FLAG}: {name} is read as {CONNECTOR}")
     return entry
+
+
+def _both(other: Mapping[str, Any]) -> str:
+    """Ours last: it stores what another loads, and leaves the first handshake to it."""
+    theirs = {name: other[name] for name in ("kv_connector", "kv_role")}  # without its settings, which may be secret
+    return json.dumps({"connectors": [theirs, {"kv_connector": CONNECTOR, "kv_role": "kv_both"}]})
 
 
 def _path(entry: Mapping[str, Any]) -> str:

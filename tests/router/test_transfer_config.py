@@ -55,9 +55,46 @@ def test_of_several_connectors_ours_gets_the_settings() -> None:
     ]
     whole = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
     config = build("--kv-offloading-size", "3", whole=whole, settings=["report_port=6001"])
-    ours, other = config.whole["kv_connector_extra_config"]["connectors"]
+    other, ours = config.whole["kv_connector_extra_config"]["connectors"]
     assert ours["kv_connector_extra_config"] == {"report_port": "6001", "cpu_bytes": 3 * GIB}
     assert other == connectors[1]
+
+
+def several(*names: str, **members: Any) -> dict[str, Any]:
+    entries = [{"kv_connector": name, "kv_role": "kv_both"} for name in names]
+    return {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": entries}, **members}
+
+
+def test_nixl_goes_first_because_vllm_passes_on_the_first_handshake() -> None:
+    config = build(whole=several("WarmrouteConnector", "ExampleConnector", "NixlConnector"))
+    entries = config.whole["kv_connector_extra_config"]["connectors"]
+    assert [entry["kv_connector"] for entry in entries] == ["ExampleConnector", "NixlConnector", "WarmrouteConnector"]
+    assert any("NixlConnector goes before WarmrouteConnector" in note for note in config.notes)
+    kept = build(whole=several("NixlConnector", "WarmrouteConnector", "ExampleConnector"))
+    entries = kept.whole["kv_connector_extra_config"]["connectors"]
+    assert [entry["kv_connector"] for entry in entries] == ["NixlConnector", "WarmrouteConnector", "ExampleConnector"]
+    assert not kept.notes
+
+
+def test_what_several_connectors_cannot_load_is_computed() -> None:
+    """vLLM reads the policy of the whole alone, and its default fails the request."""
+    assert build(whole=several("WarmrouteConnector")).whole["kv_load_failure_policy"] == "recompute"
+    config = build(whole=several("WarmrouteConnector", kv_load_failure_policy="fail"))
+    assert config.whole["kv_load_failure_policy"] == "fail"
+
+
+def test_the_connectors_that_are_suggested_can_be_given() -> None:
+    extra = {"kv_connector_extra_config": {"token": "secret"}}
+    with pytest.raises(ConfigError) as raised:
+        build(whole={"kv_connector": "NixlConnector", "kv_role": "kv_producer", **extra})
+    text = str(raised.value)
+    assert "secret" not in text
+    suggested = json.loads(text[text.index('{"connectors"') : text.rindex("}") + 1])
+    config = build(whole={"kv_connector": "MultiConnector", "kv_connector_extra_config": suggested})
+    entries = config.whole["kv_connector_extra_config"]["connectors"]
+    assert [entry["kv_connector"] for entry in entries] == ["NixlConnector", "WarmrouteConnector"]
+    assert entries[0]["kv_role"] == "kv_producer"
+    assert not config.notes
 
 
 @pytest.mark.parametrize(
