@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from tests.worker_connector.scripted_engine import BLOCK, CHUNK, Engine, Request
 from worker_connector.conversations import Conversations
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
-from worker_connector.pins import Pins
+from worker_connector.pins import REQUESTS_SHARE, Pins
 
 
 def next_turn(engine: Engine, name: str, tokens: list[int], **fields: int) -> list[int]:
@@ -233,3 +234,40 @@ def test_what_has_ended_is_forgotten() -> None:
     conversations.turn_ended(chunks(2, 4))
     assert len(conversations) == 1
     assert {chunk for chunk, _ in pins.entries(100)} == set(chunks(2, 4))
+
+
+def long_conversation(number: int, count: int) -> list[bytes]:
+    return [number.to_bytes(8, "big") + at.to_bytes(8, "big") for at in range(count)]
+
+
+@pytest.mark.parametrize("slots", [0, 400])
+@pytest.mark.parametrize("shared", [0, 90])
+def test_what_is_remembered_is_bounded_by_the_tier(slots: int, shared: int) -> None:
+    conversations, pins = kept(slots)
+    for number in range(300):
+        conversations.turn_ended([*long_conversation(1, shared), *long_conversation(10 + number, 120 - shared)])
+    remembered = sum(len(each.chunks) for each in conversations._kept.values())
+    assert remembered <= 4 * pins.most(REQUESTS_SHARE)
+    assert len(pins) >= min(pins.most(REQUESTS_SHARE), shared or 100)
+
+
+def test_a_turn_that_takes_the_place_of_many_looks_through_its_chunks_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conversations, pins = kept(4000)
+    pins.pin(long_conversation(0, 600))  # an operator's, beyond what requests may pin
+    for number in range(400):
+        conversations.turn_ended(long_conversation(1 + number, 1))
+    times, pin_until = list[int](), pins.pin_until
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        times.append(1)
+        return pin_until(*arguments, **settings)
+
+    monkeypatch.setattr(pins, "pin_until", counted)
+    turn = long_conversation(5000, 300)
+    conversations.turn_ended(turn)
+    held = {chunk for chunk, _ in pins.entries(5000)}
+    assert held >= set(turn)
+    assert len(held) == 1000
+    assert len(times) <= 3
