@@ -123,9 +123,12 @@ class Fetches:
         """Look up and fetch what the request lacks in the CPU tier from chunk ``first`` on; whether to wait for it.
         ``ahead``: the engine does not wait yet, and may find the beginning in its own cache. O(1) while nothing changed,
         else O(chunks)."""
-        if state.adapter is not None or not state.eligible:
+        if state.adapter is not None or not state.eligible or not self._ledger.capacity:
             return False
         wait = self._wait_of(state.request.request_id)
+        if wait.served and not ahead:
+            # It was preempted, or goes on: what it waits for now, it did not wait for then.
+            wait.began, wait.paid_since, wait.ready, wait.over = None, None, 0, False
         if wait.over:
             return False
         now = self._clock()

@@ -408,3 +408,30 @@ def test_an_approximate_tail_is_written_nowhere() -> None:
     lower.committed([slot])
     engine.run()
     assert not engine.chunks_in("disk")
+
+
+def test_a_request_that_was_preempted_waits_anew() -> None:
+    engine, (tokens,) = written(1, 3, lower_tier_patience=1.0)
+    request = engine.add("a", tokens, max_tokens=300)
+    while request.status != "running":
+        engine.step()
+    engine.now += 100
+    for _ in range(20):
+        engine.step()
+    assert request.loads == 1
+    while engine.running:
+        engine._preempt_last()
+    lose(engine)
+    for _ in range(30):
+        engine.step()
+    assert request.loads == 2
+    assert "lower_tier_timeouts" not in engine.planner.stats.total()
+
+
+def test_without_slots_nobody_waits() -> None:
+    engine = TieredEngine(slots=0)
+    engine.planner.lower.asks = engine
+    request = engine.add("a", prompt(1, 3 * CHUNK + 1))
+    engine.step()
+    assert request.answers == [0]
+    assert not engine.questions
