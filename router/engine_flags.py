@@ -43,13 +43,14 @@ class EngineFlags:
         return any(_key(token) in names for token in self.tokens) or any(self._of_file(name) for name in names)
 
     def value(self, *names: str) -> str | None:
-        """The value of the first of these flags that is given; of one given repeatedly, the last. None without it."""
+        """The value of the first of these flags that is given; of one given repeatedly, the last, and of
+        a file's list the first. None without it."""
         found = [value for name, value, _ in self._valued() if name in names]
         if found:
             return found[-1]
         for name in names:
             if (value := self._of_file(name)) is not None:
-                return str(value)
+                return str(value[0] if isinstance(value, list) and value else value)
         return None
 
     def take(self, name: str) -> str | None:

@@ -141,11 +141,20 @@ def _listens(flags: EngineFlags, config: TransferConfig) -> list[tuple[str, int,
     listens = []
     if not flags.has("--uds", "--headless"):
         listens.append((flags.value("--host") or "", _port(flags), "--port"))
-    port = config.setting("report_port")
-    if port is not None and str(port).isdigit():
+    if (port := _report_port(config, _ranks(flags))) is not None:
         host = str(config.setting("report_host") or "127.0.0.1")
-        listens += [(host, int(port) + rank, "--set report_port=") for rank in range(_ranks(flags))]
+        listens += [(host, port + rank, "--set report_port=") for rank in range(_ranks(flags))]
     return listens
+
+
+def _report_port(config: TransferConfig, ranks: int) -> int | None:
+    """The first rank's; the others' are those after it."""
+    if (given := config.setting("report_port")) is None:
+        return None
+    text, most = str(given), 65536 - ranks
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= most:
+        raise ConfigError(f"report_port is {given!r}, but takes a number from 1 to {most}")
+    return int(text)
 
 
 def _port(flags: EngineFlags) -> int:
@@ -220,8 +229,12 @@ def _plain(error: ValueError) -> str:
 
 
 def _router_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
         raise ConfigError(f"--router is http://HOST:PORT, got {url!r}")
     return url.rstrip("/")
 
@@ -273,12 +286,10 @@ def _report(config: TransferConfig, flags: EngineFlags, host: str) -> int:
         raise ConfigError(
             "reports that leave this machine need a token: set WARMROUTE_REPORT_TOKEN, the same here and at the router"
         )
-    given = config.setting("report_port")
-    if given is None:
-        config.extra["report_port"] = given = _free_report_port(str(bound or host), _ranks(flags))
-    if not str(given).isdigit():
-        raise ConfigError(f"report_port is {given!r}, but takes a number from 1 to 65535")
-    return int(given)
+    ranks = _ranks(flags)
+    if (port := _report_port(config, ranks)) is None:
+        config.extra["report_port"] = port = _free_report_port(str(bound or host), ranks)
+    return port
 
 
 def _free_report_port(host: str, ranks: int) -> int:

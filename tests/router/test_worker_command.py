@@ -61,6 +61,34 @@ def test_a_near_miss_of_a_flag_is_no_flag_of_vllm(flag: str) -> None:
         launch("m", flag)
 
 
+@pytest.mark.parametrize("url", ["http://r:99999", "http://r:x", "http://[::1", "ftp://r", "r:8080", "http://"])
+def test_a_router_that_is_no_url_is_refused(url: str) -> None:
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(ConfigError, match="--router is http://HOST:PORT"):
+            launch("m", "--host", host, routers=[url], environ=TOKEN)
+
+
+@pytest.mark.parametrize("port", ["70000", "0", "abc", "²", "-1"])
+def test_a_report_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(ConfigError, match="takes a number from 1 to 65535"):
+        launch("m", settings=[f"report_port={port}"])
+    with pytest.raises(ConfigError, match="takes a number from 1 to 65535"):
+        launch("m", settings=[f"report_port={port}"], routers=["http://127.0.0.1:1"])
+
+
+def test_the_ranks_report_ports_have_to_exist() -> None:
+    with pytest.raises(ConfigError, match="takes a number from 1 to 65534"):
+        launch("m", "-dp", "2", settings=["report_port=65535"])
+
+
+def test_the_first_of_several_keys_in_a_file_is_shown_to_the_router(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("api-key: [key-1, key-2]\n")
+    launched = launch("m", "--host", "127.0.0.1", "--config", str(file), routers=["http://127.0.0.1:1"])
+    assert launched.secrets == {"VLLM_API_KEY": "key-1"}
+    assert "key-1" not in worker_command.shown(launched)
+
+
 def test_no_flag_of_the_command_is_one_of_vllm() -> None:
     pytest.importorskip("vllm", reason="needs vLLM (CPU build)")
     spec = importlib.util.find_spec("vllm")
