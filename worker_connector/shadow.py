@@ -21,7 +21,9 @@ DIFFERENT = 0.1
 """A chunk that differs by more of its norm is not the same. KV of other tokens differs by 1 and more, bf16 computed in
 another order by some hundredths."""
 MOST_COMPARED = 64
-"""Chunks compared at once: each takes a slot for a moment."""
+"""Chunks compared at once: each takes a slot for a moment, in a full tier that of another chunk."""
+SLOTS_SHARE = 1 / 16
+"""Share of the slots that they take, which is one slot at least."""
 
 _log = logging.getLogger("vllm.warmroute.shadow")
 
@@ -55,7 +57,7 @@ class Shadow:
     def begin(self, chunk: bytes, own: frozenset[bytes]) -> Check | None:
         """Compare a chunk that was computed again with its slot; None where that cannot be done now."""
         held = self._ledger.lookup(chunk)
-        if held is None or held.approximate or any(held.missing) or self._under_way >= MOST_COMPARED:
+        if held is None or held.approximate or any(held.missing) or self._under_way >= self._most():
             return None
         self._ledger.pin(held)
         again = self._ledger.reserve(sha256(b"shadow" + chunk).digest()[:16], held.missing, own)
@@ -64,6 +66,9 @@ class Shadow:
             return None
         self._under_way += 1
         return Check(held, again)
+
+    def _most(self) -> int:
+        return min(MOST_COMPARED, max(1, int(self._ledger.capacity * SLOTS_SHARE)))
 
     def end(self, checks: Iterable[Check], found: Mapping[int, float], *, failed: bool) -> None:
         """The slots were compared on every rank; ``found`` is the largest difference for each slot that held a chunk."""

@@ -81,3 +81,15 @@ def test_random_use_with_the_check_ends_and_loses_no_slot(seed: int) -> None:
     assert figure(engine, "different_chunks") == 0
     assert not engine.planner._shadow._under_way
     assert not engine.owners
+
+
+def test_comparing_takes_a_small_part_of_a_full_tier() -> None:
+    engine = Engine(blocks=400, slots=64, shadow_check=1.0, step_tokens=40 * CHUNK)
+    wanted = prompt(1, 20 * CHUNK + 1)
+    engine.serve("others", prompt(2, 44 * CHUNK + 1))
+    engine.serve("first", wanted)
+    engine.reset_prefix_cache()
+    before = len(engine.ledger.content()["cpu"])
+    engine.serve("second", wanted)
+    assert figure(engine, "compared_chunks") > 0
+    assert before - len(engine.ledger.content()["cpu"]) <= 64 // 16
