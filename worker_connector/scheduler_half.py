@@ -11,6 +11,7 @@ from typing import Any
 from kv_protocol.hashing import HASH_BYTES
 from kv_protocol.identity import Identity
 from kv_protocol.messages import Hello, TierInfo
+from worker_connector import vision_cache_resets
 from worker_connector.chunk_object import ObjectKey
 from worker_connector.config import ConnectorConfig
 from worker_connector.conversations import Conversations
@@ -65,11 +66,12 @@ class SchedulerHalf:
         self._gpu: GpuTier | None = None
         self._server: ReportServer | None = None
         self._awaits_ranks = False
+        self._introduced: list[tuple[int, ObjectKey | None]] = []
         self._manager: Any = None
         self._gauges_due = 0.0
         self._held: dict[str, int] = {}
         self._lookups: Lookups | None = None
-        self._warm_until = time.monotonic() + WARMUP_SECONDS if config.cache_warmup else 0.0
+        self._warm_until = time.monotonic() + WARMUP_SECONDS if config.cache_warmup and may_load else 0.0
         self.planner = Planner(
             config,
             self.ledger,
@@ -140,10 +142,13 @@ class SchedulerHalf:
         _log.info("Another connector has the handshake: tiers and reports begin with the engine's first step")
 
     def introduced(self, slots: Iterable[int], objects: Sequence[ObjectKey | None]) -> None:
-        """What the ranks said in their first step."""
-        if self._awaits_ranks:
+        """What ranks said in their first step, which need not be the same one: what not every rank has room for is nowhere."""
+        if not self._awaits_ranks:
+            return
+        self._introduced += zip(slots, objects, strict=True)
+        if len(self._introduced) >= self._ranks:
             self._awaits_ranks = False
-            self.start(slots, objects)
+            self.start(*zip(*self._introduced, strict=True))
 
     def added(self, request: Any) -> None:
         """The engine got a request."""
@@ -186,6 +191,7 @@ class SchedulerHalf:
         identity until somebody names its weights."""
         generation = fresh_generation()
         self.planner.clear(generation, gpu_is_empty=self._gpu_is_empty())
+        vision_cache_resets.announce(self._vllm_config)
         if self._lookups is not None:
             self._lookups.list_again()
         if self.planner.lower:
@@ -358,6 +364,7 @@ class SchedulerHalf:
     def _totals(self) -> Counts:
         """Figures since the start. What changes while the engine takes no step is looked up."""
         totals: Counts = {**self.stats.total(), "held_chunks": {**self.ledger.counts()}}
+        totals |= vision_cache_resets.totals(self._vllm_config)
         if (server := self._server) is not None:
             totals["report_readers"] = {"": server.readers}
             totals["dropped_readers"] = {"": server.dropped_readers}

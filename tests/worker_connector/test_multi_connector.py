@@ -42,6 +42,14 @@ def test_nothing_is_kept_or_reported_before_the_ranks_have_spoken(
     assert half.ledger.capacity == 8, "a chunk is where every rank has room"
 
 
+def test_ranks_may_speak_in_different_steps(half: SchedulerHalf) -> None:
+    half.await_ranks()
+    half.introduced([9], [None])
+    assert half.ledger.capacity == 0, "the other rank may have less room"
+    half.introduced([8], [None])
+    assert half.ledger.capacity == 8
+
+
 def test_what_ranks_say_twice_changes_nothing(half: SchedulerHalf) -> None:
     half.start([8, 8])
     server = half._server
