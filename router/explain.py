@@ -6,6 +6,8 @@ lately, from the index, and from earlier requests that lacked the same chunk.
 
 import asyncio
 import time
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kv_protocol.hashing import root_hash
@@ -17,6 +19,40 @@ if TYPE_CHECKING:
     from router.app import Gateway
     from router.choosing import Namespace, Plan, Routed
 
+MOST_HOLDERS = 16
+"""Workers told of one chunk; others that hold it are counted."""
+_MOST_NAMED = 4
+
+
+class _Known:
+    """What is known of all workers together, looked up once for as many of them as are explained."""
+
+    def __init__(self, gateway: "Gateway", recent: list[dict[str, Any]]) -> None:
+        self.gateway = gateway
+        self._holders: dict[bytes, dict[str, list[str]]] = {}
+        self._other_names: dict[Namespace, str | None] = {}
+        self._lacking: dict[str, list[dict[str, Any]]] = {}
+        for request in recent:
+            self._lacking.setdefault(request["missing"], []).append(request)
+
+    def lacking(self, chunk: bytes) -> list[dict[str, Any]]:
+        """The latest requests whose hit ended at a chunk."""
+        return self._lacking.get(chunk.hex(), [])
+
+    def holders(self, chunk: bytes) -> dict[str, list[str]]:
+        """Who holds a chunk, and in which tiers. O(workers) once."""
+        if chunk not in self._holders:
+            self._holders[chunk] = _holders(self.gateway, chunk)
+        return self._holders[chunk]
+
+    def under_another_name(self, plan: "Plan", namespace: "Namespace") -> str | None:
+        """Whether workers whose chunks have other names hold a prompt. O(workers) once for each namespace."""
+        if namespace not in self._other_names:
+            others = {known for peer in self.gateway.registry.workers if (known := peer.namespace)} - {namespace}
+            found = (_under_another_name(self.gateway, plan, other, namespace) for other in sorted(others))
+            self._other_names[namespace] = next(filter(None, found), None)
+        return self._other_names[namespace]
+
 
 async def explain_body(
     gateway: "Gateway", plan: "Plan", routed: "Routed | None", *, live: bool = False
@@ -26,7 +62,8 @@ async def explain_body(
     if routed is None:
         return []
     recent = await gateway.control.requests(gateway.settings.recent_requests)
-    ends = [_end_of(gateway, plan, item.worker, recent) for item in routed.candidates]
+    known = _Known(gateway, recent)
+    ends = [_end_of(known, plan, item.worker) for item in routed.candidates]
     if live:
         await asyncio.gather(
             *(_ask(gateway, item.worker, end) for item, end in zip(routed.candidates, ends, strict=True))
@@ -48,7 +85,7 @@ async def explain_id(gateway: "Gateway", request_id: str, *, live: bool = False)
             param="id",
             code="request_not_found",
         )
-    end = _end_then(gateway, decision, recent)
+    end = _end_then(_Known(gateway, recent), decision)
     if live and (worker := gateway.registry.get(decision["worker"])) is not None:
         await _ask(gateway, worker, end)
     return {"decision": decision, "end": end}
@@ -60,7 +97,8 @@ async def _ask(gateway: "Gateway", worker: Worker, end: dict[str, Any]) -> None:
         end["live"] = await look(worker.spec.report_address, bytes.fromhex(end["first_missing"]), token)
 
 
-def _end_of(gateway: "Gateway", plan: "Plan", worker: Worker, recent: list[dict[str, Any]]) -> dict[str, Any]:
+def _end_of(known: _Known, plan: "Plan", worker: Worker) -> dict[str, Any]:
+    gateway = known.gateway
     end: dict[str, Any] = {"worker": worker.name, "held_chunks": 0, "chunks": 0}
     if (namespace := worker.namespace) is None:
         return end | _because("not_watched", _not_watched(worker))
@@ -73,39 +111,39 @@ def _end_of(gateway: "Gateway", plan: "Plan", worker: Worker, recent: list[dict[
     end |= {"held_chunks": held, "chunks": len(chunks), "chunk_size": namespace[1]}
     if held >= len(chunks):
         return end | _because("complete", _complete(plan, namespace))
-    why = _why_missing(gateway, worker, chunks[held], recent, before=time.time())
-    if why["cause"] == "never_stored" and (kin := _under_another_root(gateway, plan, worker, namespace, held)):
+    why = _why_missing(known, worker, chunks[held], before=time.time())
+    if why["cause"] == "never_stored" and (kin := _under_another_root(known, plan, worker, namespace, held)):
         why = _because("other_root", kin)
     return end | {"first_missing": chunks[held].hex()} | why
 
 
-def _end_then(gateway: "Gateway", decision: dict[str, Any], recent: list[dict[str, Any]]) -> dict[str, Any]:
-    worker = gateway.registry.get(decision["worker"])
+def _end_then(known: _Known, decision: dict[str, Any]) -> dict[str, Any]:
+    worker = known.gateway.registry.get(decision["worker"])
     if worker is None:
         return _because("gone", f"worker {decision['worker']!r} is not there any more")
     if not decision["prompt_tokens"]:
         return _because("not_tokenized", "the prompt's tokens were not known, so it was routed by load")
     if not decision["missing"]:
-        known = worker.namespace is not None
-        text = "every whole chunk of the prompt was held" if known else _not_watched(worker)
-        return _because("complete" if known else "not_watched", text)
+        watched = worker.namespace is not None
+        text = "every whole chunk of the prompt was held" if watched else _not_watched(worker)
+        return _because("complete" if watched else "not_watched", text)
     chunk = bytes.fromhex(decision["missing"])
-    return {"first_missing": decision["missing"]} | _why_missing(gateway, worker, chunk, recent, before=decision["at"])
+    return {"first_missing": decision["missing"]} | _why_missing(known, worker, chunk, before=decision["at"])
 
 
-def _why_missing(
-    gateway: "Gateway", worker: Worker, chunk: bytes, recent: list[dict[str, Any]], *, before: float
-) -> dict[str, Any]:
+def _why_missing(known: _Known, worker: Worker, chunk: bytes, *, before: float) -> dict[str, Any]:
     """The likeliest cause first. ``before`` is Unix time: what happened later is not the cause."""
-    holders = _holders(gateway, chunk)
+    gateway, holders, lacking = known.gateway, known.holders(chunk), known.lacking(chunk)
     why = (
         _departed(gateway, worker, chunk, before)
-        or _computing(worker, chunk, recent, before)
+        or _computing(worker, lacking, before)
         or _cleared(gateway, worker, before)
-        or _elsewhere(worker, chunk, holders, recent, before)
+        or _elsewhere(worker, holders, lacking, before)
         or _never(gateway, worker, before)
     )
-    return why | {"held_now_by": holders}
+    named = dict(islice(holders.items(), MOST_HOLDERS))
+    more = {"more_holders": len(holders) - len(named)} if len(holders) > len(named) else {}
+    return why | {"held_now_by": named} | more
 
 
 def _departed(gateway: "Gateway", worker: Worker, chunk: bytes, before: float) -> dict[str, Any] | None:
@@ -120,9 +158,9 @@ def _departed(gateway: "Gateway", worker: Worker, chunk: bytes, before: float) -
     ) | {"tier": departure.tier, "seconds_before": round(before - departure.at, 3)}
 
 
-def _computing(worker: Worker, chunk: bytes, recent: list[dict[str, Any]], before: float) -> dict[str, Any] | None:
-    for other in recent:
-        same = other["missing"] == chunk.hex() and other["worker"] == worker.name and other["at"] < before
+def _computing(worker: Worker, lacking: list[dict[str, Any]], before: float) -> dict[str, Any] | None:
+    for other in lacking:
+        same = other["worker"] == worker.name and other["at"] < before
         if same and (other["outcome"] == "running" or other["at"] + (other["ttft_s"] or 0.0) > before):
             return _because(
                 "being_computed",
@@ -141,13 +179,16 @@ def _cleared(gateway: "Gateway", worker: Worker, before: float) -> dict[str, Any
 
 
 def _elsewhere(
-    worker: Worker, chunk: bytes, holders: dict[str, list[str]], recent: list[dict[str, Any]], before: float
+    worker: Worker, holders: dict[str, list[str]], lacking: list[dict[str, Any]], before: float
 ) -> dict[str, Any] | None:
-    others = [name for name in holders if name != worker.name]
+    others = len(holders) - (worker.name in holders)
     if not others:
         return None
-    sent = next((r for r in recent if r["missing"] == chunk.hex() and r["worker"] in others and r["at"] < before), None)
-    text = f"the chunk was computed at {', '.join(others)}, not at {worker.name}"
+    first = islice((name for name in holders if name != worker.name), _MOST_NAMED)
+    sent = next(
+        (r for r in lacking if r["worker"] in holders and r["worker"] != worker.name and r["at"] < before), None
+    )
+    text = f"the chunk was computed at {_listed(first, others)}, not at {worker.name}"
     if sent is not None:
         text += f": request {sent['request_id']} went there {_ago(before - sent['at'])} before ({sent['reason']})"
     return _because("elsewhere", text)
@@ -170,20 +211,17 @@ def _holders(gateway: "Gateway", chunk: bytes) -> dict[str, list[str]]:
     return found
 
 
-def _under_another_root(
-    gateway: "Gateway", plan: "Plan", worker: Worker, namespace: "Namespace", held: int
-) -> str | None:
+def _under_another_root(known: _Known, plan: "Plan", worker: Worker, namespace: "Namespace", held: int) -> str | None:
     """Whether the same tokens are held without the request's salt, or for another adapter: kept apart on purpose."""
-    model, size = namespace
+    gateway, (model, size) = known.gateway, namespace
     prompt = plan.tokenized.prompts[0]
     loras = {pool.lora for pool in gateway.registry.pools.values() if pool.base == plan.pool.base}
     for lora in sorted(loras - {plan.pool.lora}):
         root = root_hash(chunk_size=size, model=model, lora=lora, cache_salt=plan.request.cache_salt)
         if gateway.index.lookup(prompt.chunks(root, size), [worker.name])[worker.name].total > held:
             return f"the same tokens are held for {lora or plan.pool.base!r}: caches of adapters are never shared"
-    for other in sorted({known for peer in gateway.registry.workers if (known := peer.namespace)} - {namespace}):
-        if why := _under_another_name(gateway, plan, other, namespace):
-            return why
+    if why := known.under_another_name(plan, namespace):
+        return why
     if plan.request.cache_salt:
         root = root_hash(chunk_size=size, model=model, lora=plan.pool.lora, cache_salt="")
         if gateway.index.lookup(prompt.chunks(root, size), [worker.name])[worker.name].total > held:
@@ -200,7 +238,7 @@ def _under_another_name(gateway: "Gateway", plan: "Plan", other: "Namespace", na
     holders = [name for name in peers if held[name].total]
     if not holders:
         return None
-    names = ", ".join(holders)
+    names = _listed(holders[:_MOST_NAMED], len(holders))
     if other[0] == namespace[0]:
         return f"the same tokens are held by {names} in chunks of {other[1]}, not {namespace[1]}: chunk_size differs"
     return (
@@ -219,6 +257,13 @@ def _complete(plan: "Plan", namespace: "Namespace") -> str:
 def _not_watched(worker: Worker) -> str:
     why = worker.reports_error or "it has no report port"
     return f"nothing is known of {worker.name}'s cache: {why}"
+
+
+def _listed(names: Iterable[str], count: int) -> str:
+    """The first of so many names, and how many more there are."""
+    first = list(names)
+    more = f" and {count - len(first)} more" if count > len(first) else ""
+    return ", ".join(first) + more
 
 
 def _because(cause: str, text: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,32 @@ async def ends(gateway: RunningGateway, **members: Any) -> dict[str, Any]:
     answer = await gateway.client.post("/admin/explain", json={**chat_body(TEXT), **members})
     assert answer.status_code == 200, answer.text
     return {end["worker"]: end for end in answer.json()["ends"]}
+
+
+def test_simulated_what_workers_hold_is_asked_once_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        workers = [await SimulatedWorker().start() for _ in range(20)]
+        async with running_gateway(*workers) as gateway:
+            index, chunks = gateway.gateway.index, workers[0].hashes(TEXT)
+            for worker in workers[:18]:
+                worker.store("gpu", chunks[:1])
+            await until(lambda: len(index) and all(index.sizes(name)["gpu"] for name in list("abcdefghijklmnopqr")))
+            asked = list[str]()
+            tiers = index.tiers
+
+            def counted(name: str, hashes: Sequence[bytes]) -> dict[str, int]:
+                asked.append(name)
+                return tiers(name, hashes)
+
+            monkeypatch.setattr(index, "tiers", counted)
+            seen = await ends(gateway)
+            assert len(asked) <= 3 * len(workers)  # for the candidates, and for two chunks that are missing
+            assert seen["s"]["cause"] == "elsewhere"
+            assert seen["s"]["held_now_by"] == {name: ["gpu"] for name in "abcdefghijklmnop"}
+            assert seen["s"]["more_holders"] == 2
+            assert "at a, b, c, d and 14 more, not at s" in seen["s"]["why"]
+
+    run(scenario())
 
 
 async def end_of(gateway: RunningGateway, request_id: str) -> dict[str, Any]:

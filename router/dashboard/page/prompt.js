@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { $, TIERS, compact, count, fill, h, percent, plural, tierBar, tierText } from "./dom.js";
 
-const FEW = 64; // explaining asks of every worker what every other one holds
+const FEW = 256; // why a hit ends is looked up for each worker
 const SHOWN = 12;
 
 export class Prompt {
