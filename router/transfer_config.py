@@ -75,8 +75,9 @@ def _own_entry(whole: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The part of the configuration that names our connector."""
     if whole["kv_connector"] != "MultiConnector":
         return _adopted(whole, notes)
-    entries = _extra(whole).get("connectors")
-    for entry in entries if isinstance(entries, list) else []:
+    given = _extra(whole).get("connectors")
+    entries = given if isinstance(given, list) else []
+    for entry in entries:
         if isinstance(entry, dict) and (entry.get("kv_connector") == CONNECTOR or _path(entry) == MODULE):
             # vLLM reads this of the whole alone, and would fail a request whose cache cannot be delivered.
             whole.setdefault("kv_load_failure_policy", "recompute")
