@@ -58,6 +58,8 @@ def _body(place: str, line: bytes) -> dict[str, Any]:
     body = {"prompt": content} if isinstance(content, str) else content
     if not isinstance(body, dict) or ("messages" in body) == ("prompt" in body):
         raise ConfigError(f"{place} is no prompt: it must be a text, or an object with messages or with prompt")
+    if not isinstance(body.get("model", ""), str):
+        raise ConfigError(f"{place} names a model that is no text")
     for name in ("stream", "stream_options", "max_completion_tokens", "min_tokens", "n", "best_of"):
         body.pop(name, None)
     return {**body, "max_tokens": 1}

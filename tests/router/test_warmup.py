@@ -47,6 +47,7 @@ def test_each_line_is_a_request_for_one_token(tmp_path: Path) -> None:
         (b"[1, 2]", "line 1 is no prompt"),
         (b"{}", "line 1 is no prompt"),
         (b'{"messages": [], "prompt": "a"}', "line 1 is no prompt"),
+        (b'{"prompt": "a", "model": ["secret"]}', "line 1 names a model that is no text"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named_without_its_text(tmp_path: Path, content: bytes, message: str) -> None:
