@@ -102,6 +102,7 @@ def native(csrc: Path, compiler: str) -> Path:
         folder / "log",
     )
     link = ["-shared", "-cudart=static", f"-Xlinker=--version-script={csrc / 'exports.map'}", "-Xlinker=-z,defs"]
+    link.append("-Xlinker=--gc-sections")
     link += ["-Xcompiler=-static-libstdc++,-static-libgcc"]
     _run([[compiler, *targets, *link, "-o", f"{library}.part", *objects]], folder / "log")
     Path(f"{library}.part").rename(library)

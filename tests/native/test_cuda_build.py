@@ -3,6 +3,7 @@ not spill and move 16 bytes at a time, it needs nothing that a machine without C
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -114,6 +115,14 @@ def test_library_needs_only_the_system(library: Path) -> None:
     assert set(needed) <= allowed | {"ld-linux-aarch64.so.1"}, needed
     undefined = said("nm", "-D", "--undefined-only", library)
     assert not re.search(r"\b(cu[A-Z]|cuda[A-Z]|_ZN2at|_ZN3c10)", undefined)
+
+
+def test_library_wants_no_later_libc_than_ubuntu_22_04_has(library: Path) -> None:
+    if tuple(map(int, platform.libc_ver()[1].split("."))) > (2, 36):
+        pytest.skip("what is built here wants this machine's libc")
+    versions = re.findall(r"GLIBC_(\d+)\.(\d+)", said("objdump", "-T", library))
+    assert versions
+    assert max((int(major), int(minor)) for major, minor in versions) <= (2, 35)
 
 
 def test_library_exports_the_interface_and_nothing_else(csrc: Path, library: Path) -> None:
