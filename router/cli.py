@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from router.cache_cli import cache
 from router.config import DEFAULT_REPORT_PORT, LOOPBACK, Settings, parse_address
@@ -25,6 +26,21 @@ app = typer.Typer(
 )
 _RENAMED = {"workers": "--worker", "discover": "--discover"}
 _HIDDEN_DEFAULTS = frozenset({"admin_token", "api_keys", "report_token", "worker_api_key", "workers", "discover"})
+
+
+class _Serve(TyperCommand):
+    """Reads flags of other routers, too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from router.foreign_flags import translate  # noqa: PLC0415 - keeps the other commands quick
+
+        try:
+            read = translate(args)
+        except ConfigError as error:
+            _quit(str(error))
+        for note in read.notes:
+            typer.echo(f"warmroute: {note}", err=True)
+        return super().parse_args(ctx, read.arguments)
 
 
 def serve(config: str | None, **flags: Any) -> None:
@@ -337,7 +353,7 @@ def _add_serve() -> None:
     parameters = [first, second, *(_option(name) for name in Settings.model_fields)]
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # read by typer
     serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command()(serve)
+    app.command(cls=_Serve)(serve)
 
 
 _add_serve()

@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from router.discovery.names import DnsSpec, PodSpec, is_name
 from router.errors import ConfigError
+from router.foreign_flags import hint
 from router.secrets import Secret
 
 ENV_PREFIX = "WARMROUTE_"
@@ -473,6 +474,8 @@ def _is_count(items: Any) -> bool:
 
 
 def _unknown(key: str) -> str:
+    if meaning := hint(key):
+        return f"unknown setting {key!r}: {meaning}"
     near = nearest(key, Settings.model_fields)
     return f"unknown setting {key!r}" + (f"; did you mean {near!r}?" if near else "")
 
