@@ -12,6 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from router.config import policy_names
+from worker_connector.config import SETTINGS
+from worker_connector.config_names import ABSENT, ALIASES, UNNEEDED
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 MISSING = [name for name in ("sphinx", "myst_parser", "furo") if importlib.util.find_spec(name) is None]
@@ -196,3 +200,30 @@ def test_every_command_has_its_heading(reference: ModuleType) -> None:
     page = read(DOCS / "cli.md")
     assert {"serve", "worker", "cache lookup", "keys add"} <= set(commands)
     assert not [name for name in commands if f"\n## `warmroute {name}`\n" not in page]
+
+
+def test_what_migrating_says_is_here_is_here(reference: ModuleType) -> None:
+    """Flags and settings in the last column of its tables, and names that are said to be read."""
+    commands = reference._commands().values()
+    flags = {name for command in commands for each in command.params for name in (*each.opts, *each.secondary_opts)}
+    settings = {*reference.SETTINGS, *reference.Settings.model_fields}
+    rows = re.findall(r"^\|.*\| (.*) \|$", read(DOCS / "migrating.md"), flags=re.MULTILINE)
+    said = {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+    assert len(said) > 60
+    named = {re.split(r"[ =:]", word)[0] for word in said}
+    assert {flag for flag in named if flag.startswith("--")} - flags == {
+        "--served-model-name",
+        "--tensor-parallel-size",
+    }
+    assert {name for name in named if re.fullmatch(r"[a-z]+(_[a-z]+)+", name)} - settings == set()
+    policies = {word.split()[1] for word in said if re.fullmatch(r"--policy [a-z-]+", word)}
+    assert policies <= set(policy_names())
+    folders = {word for word in said if word.startswith("deploy/")}
+    assert folders
+    assert all((ROOT / folder).exists() for folder in folders)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(LMCACHE_\w+)`", (DOCS / "migrating.md").read_text()))))
+def test_variables_that_migrating_names_are_read(name: str) -> None:
+    known = {*SETTINGS, *ALIASES, *ABSENT, *UNNEEDED, "config_file"}
+    assert name.removeprefix("LMCACHE_").lower() in known
