@@ -169,6 +169,8 @@ def test_prefill_and_decode_reach_each_other_and_sidecars_nothing_else() -> None
     assert passes("disaggregated", made["worker"], made["prefill-router"], "http")
     for port in (5600, 40_000):
         assert passes("disaggregated", made["worker"], made["prefill"], port)
+        assert passes("disaggregated", made["prefill"], made["worker"], port), "NIXL connects back"
+    assert not passes("disaggregated", made["prefill"], made["router"], "http")
     assert not passes("disaggregated", made["worker"], made["router"], "http")
     assert not passes("disaggregated", made["worker"], Peer(""), 8000)
     assert not passes("disaggregated", made["router"], made["prefill"], "http")
