@@ -142,6 +142,8 @@ def _why(worker: Worker) -> str:
     match state_of(worker):
         case "down":
             return worker.down_reason
+        case "draining":
+            return worker.held
         case "kept out":
             return f"its circuit breaker is {worker.breaker.state} after failures"
         case _:

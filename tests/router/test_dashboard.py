@@ -191,6 +191,13 @@ def test_simulated_the_fleet_is_summed_and_paged() -> None:
             assert fleet["tiers"]["cpu"] == {"chunks": chunks, "capacity": 500_000, "bytes": chunks * 1024}
             only = await gateway.get("/admin/fleet", state="draining")
             assert [worker["state"] for worker in only["workers"]] == ["draining"]
+            members = gateway.gateway.control.membership
+            members.hold("settings", {workers[3].url: "its pod is not ready"})
+            members.settle()
+            held = await gateway.get("/admin/fleet", state="draining")
+            assert [worker["why"] for worker in held["workers"]] == ["", "its pod is not ready"]
+            members.hold("settings", {})
+            members.settle()
             found = await gateway.get("/admin/fleet", search=workers[4].url[-5:].upper())
             assert [worker["name"] for worker in found["workers"]] == ["e"]
             full = await gateway.get("/admin/fleet", sort="cache", descending=True)
