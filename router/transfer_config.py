@@ -19,9 +19,16 @@ CONNECTOR = "WarmrouteConnector"
 NIXL = "NixlConnector"
 MODULE = "worker_connector"
 FLAG = "--kv-transfer-config"
-STAND_INS = ("LMCacheConnectorV1", "OffloadingConnector")
+STAND_INS = (
+    *("LMCacheConnectorV1", "LMCacheConnectorV1Dynamic", "LMCacheMPConnector"),
+    *("OffloadingConnector", "SimpleCPUOffloadConnector"),
+)
 """Connectors of other caches, whose place ours takes."""
 
+_OF_THE_WHOLE = (
+    *("kv_connector", "kv_connector_module_path", "kv_connector_extra_config"),
+    *("engine_id", "kv_load_failure_policy"),
+)
 SWITCHES = ("ENABLE_LMCACHE", "VLLM_ENABLE_LMCACHE")
 BACKENDS = ("native", "lmcache", "warmroute")
 _TRUE = ("1", "true", "yes", "on")
@@ -35,11 +42,12 @@ _SIZES = (
 @dataclass
 class TransferConfig:
     """``whole`` goes to vLLM; ``extra`` is the part of it that holds the connector's settings. ``notes`` say what was
-    read as what."""
+    read as what, ``variables`` is what vLLM needs in its environment where that says nothing."""
 
     whole: dict[str, Any]
     extra: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
     _environ: Mapping[str, str] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
@@ -64,10 +72,11 @@ def transfer_config(flags: EngineFlags, settings: Sequence[str], environ: Mappin
     whole.setdefault("kv_connector", CONNECTOR)
     whole.setdefault("kv_role", "kv_both")
     notes: list[str] = []
-    config = TransferConfig(whole, _extra(_own_entry(whole, notes)), notes, environ)
+    config = TransferConfig(whole, _extra(_own_entry(whole, notes)), notes, _environ=environ)
     _set(config.extra, settings)
     _switch(config, environ)
     _offload(config, flags, environ)
+    _transfer(config)
     return config
 
 
@@ -97,6 +106,38 @@ def _behind_nixl(entries: list[Any], ours: dict[str, Any], notes: list[str]) -> 
         entries.insert(nixl[-1] + 1, ours)
         del entries[at]
         notes.append(f"{FLAG}: {NIXL} goes before {CONNECTOR}, because vLLM passes on the first handshake alone")
+
+
+def _transfer(config: TransferConfig) -> None:
+    """``nixl_backends`` asks for transfers between engines, which vLLM's own connector makes, beside ours."""
+    given = config.extra.pop("nixl_backends", None)
+    if backends := [name for name in given.split(",") if name] if isinstance(given, str) else list(given or ()):
+        _nixl_entry(config).setdefault("backends", backends)
+        config.notes.append(f"nixl_backends is read as backends of {NIXL}, beside {CONNECTOR} in a MultiConnector")
+    entries = _extra(config.whole).get("connectors") if config.whole["kv_connector"] == "MultiConnector" else None
+    if any(_is_nixl(entry.get("kv_connector")) for entry in entries or [] if isinstance(entry, dict)):
+        # Each of the two would ask for another layout, and vLLM does not start then.
+        config.variables["VLLM_KV_CACHE_LAYOUT"] = "LBHNC"
+        config.notes.append(f"VLLM_KV_CACHE_LAYOUT is LBHNC, as {NIXL} asks for, unless you set it")
+
+
+def _nixl_entry(config: TransferConfig) -> dict[str, Any]:
+    """The settings of NIXL's connector, which is put before ours where it is missing."""
+    whole = config.whole
+    if whole["kv_connector"] != "MultiConnector":
+        shared = {name: value for name, value in whole.items() if name not in _OF_THE_WHOLE}
+        connectors = [
+            {**shared, "kv_connector": NIXL, "kv_connector_extra_config": {}},
+            {**shared, "kv_connector": CONNECTOR, "kv_connector_extra_config": config.extra},
+        ]
+        whole |= {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": connectors}}
+        whole.setdefault("kv_load_failure_policy", "recompute")
+        whole.pop("kv_connector_module_path", None)
+    entries = _extra(whole)["connectors"]
+    found = next((each for each in entries if isinstance(each, dict) and _is_nixl(each.get("kv_connector"))), None)
+    if found is None:
+        entries.insert(0, found := {"kv_connector": NIXL, "kv_role": whole["kv_role"]})
+    return _extra(found)
 
 
 def _is_nixl(name: object) -> bool:

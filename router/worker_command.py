@@ -50,13 +50,14 @@ class Wish:
 @dataclass(frozen=True)
 class Launch:
     """What is to be run. ``registration`` is the command that runs beside, or nothing; ``listens`` are the addresses that
-    must be free."""
+    must be free; ``variables`` hold where the environment says nothing."""
 
     command: list[str]
     registration: list[str]
     secrets: dict[str, str] = field(repr=False)
     listens: list[tuple[str, int, str]]
     notes: list[str]
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(arguments: Sequence[str], wish: Wish, environ: Mapping[str, str]) -> Launch:
@@ -76,7 +77,7 @@ def prepare(arguments: Sequence[str], wish: Wish, environ: Mapping[str, str]) ->
         tokens = [*tokens, "--enable-prompt-tokens-details"]
     whole = msgspec.json.encode(config.whole).decode()
     command = [sys.executable, *_SERVER, *tokens, FLAG, whole]
-    return Launch(command, registration, secrets, _listens(flags, config), config.notes)
+    return Launch(command, registration, secrets, _listens(flags, config), config.notes, config.variables)
 
 
 def run(launch: Launch, environ: Mapping[str, str]) -> None:
@@ -88,7 +89,7 @@ def run(launch: Launch, environ: Mapping[str, str]) -> None:
     check_engine()
     for host, port, flag in launch.listens:
         _check_free(host, port, flag)
-    environment = {**environ, "PYTHONPATH": _python_path(environ)}
+    environment = {**launch.variables, **environ, "PYTHONPATH": _python_path(environ)}
     if launch.registration:
         _start_beside([*launch.registration, "--while", str(os.getpid())], {**environ, **launch.secrets})
     sys.stdout.flush()
@@ -98,7 +99,9 @@ def run(launch: Launch, environ: Mapping[str, str]) -> None:
 
 def shown(launch: Launch) -> str:
     """The commands for a shell, one per line."""
-    commands = [launch.command, *([launch.registration] if launch.registration else [])]
+    variables = [f"{name}={value}" for name, value in launch.variables.items()]
+    engine = ["env", *variables, *launch.command] if variables else launch.command
+    commands = [engine, *([launch.registration] if launch.registration else [])]
     return "\n".join(shlex.join(command) for command in commands)
 
 

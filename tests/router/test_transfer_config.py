@@ -7,7 +7,7 @@ import pytest
 
 from router.engine_flags import EngineFlags
 from router.errors import ConfigError
-from router.transfer_config import TransferConfig, transfer_config
+from router.transfer_config import STAND_INS, TransferConfig, transfer_config
 from worker_connector.config import ConnectorConfig
 
 GIB = 1 << 30
@@ -41,7 +41,7 @@ def test_the_users_own_configuration_is_kept() -> None:
     assert resolved(config).disk_path == "/data/x"
 
 
-@pytest.mark.parametrize("name", ["LMCacheConnectorV1", "OffloadingConnector"])
+@pytest.mark.parametrize("name", STAND_INS)
 def test_our_connector_takes_the_place_of_others_and_says_so(name: str) -> None:
     config = build(whole={"kv_connector": name, "kv_role": "kv_both"})
     assert config.whole["kv_connector"] == "WarmrouteConnector"
@@ -73,7 +73,53 @@ def test_nixl_goes_first_because_vllm_passes_on_the_first_handshake() -> None:
     kept = build(whole=several("NixlConnector", "WarmrouteConnector", "ExampleConnector"))
     entries = kept.whole["kv_connector_extra_config"]["connectors"]
     assert [entry["kv_connector"] for entry in entries] == ["NixlConnector", "WarmrouteConnector", "ExampleConnector"]
-    assert not kept.notes
+    assert not any("goes before" in note for note in kept.notes)
+
+
+@pytest.mark.parametrize("given", [["UCX", "GDS"], "UCX,GDS"])
+def test_backends_of_nixl_put_its_connector_before_ours(given: Any) -> None:
+    extra = {"nixl_backends": given, "cpu_bytes": "2GiB"}
+    whole = {"kv_role": "kv_producer", "engine_id": "e", "kv_buffer_device": "cpu", "kv_connector_extra_config": extra}
+    config = build(whole=whole, settings=["ttl=5"])
+    assert config.whole == {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_producer",
+        "engine_id": "e",
+        "kv_buffer_device": "cpu",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "connectors": [
+                {
+                    "kv_connector": "NixlConnector",
+                    "kv_role": "kv_producer",
+                    "kv_buffer_device": "cpu",
+                    "kv_connector_extra_config": {"backends": ["UCX", "GDS"]},
+                },
+                {
+                    "kv_connector": "WarmrouteConnector",
+                    "kv_role": "kv_producer",
+                    "kv_buffer_device": "cpu",
+                    "kv_connector_extra_config": {"cpu_bytes": "2GiB", "ttl": "5"},
+                },
+            ]
+        },
+    }
+    assert resolved(config).cpu_bytes == 2 * GIB
+    assert config.variables == {"VLLM_KV_CACHE_LAYOUT": "LBHNC"}
+    assert any("nixl_backends is read as backends of NixlConnector" in note for note in config.notes)
+
+
+def test_backends_of_nixl_reach_its_connector_among_several() -> None:
+    whole = several("NixlConnector", "WarmrouteConnector")
+    config = build(whole=whole, settings=["nixl_backends=UCX"])
+    first, ours = config.whole["kv_connector_extra_config"]["connectors"]
+    assert first["kv_connector_extra_config"] == {"backends": ["UCX"]}
+    assert ours["kv_connector_extra_config"] == {}
+    alone = build(whole=several("WarmrouteConnector"), settings=["nixl_backends=UCX"])
+    entries = alone.whole["kv_connector_extra_config"]["connectors"]
+    assert [entry["kv_connector"] for entry in entries] == ["NixlConnector", "WarmrouteConnector"]
+    assert not build(settings=["nixl_backends="]).variables
+    assert not build(whole=several("WarmrouteConnector")).variables
 
 
 def test_what_several_connectors_cannot_load_is_computed() -> None:
@@ -94,7 +140,7 @@ def test_the_connectors_that_are_suggested_can_be_given() -> None:
     entries = config.whole["kv_connector_extra_config"]["connectors"]
     assert [entry["kv_connector"] for entry in entries] == ["NixlConnector", "WarmrouteConnector"]
     assert entries[0]["kv_role"] == "kv_producer"
-    assert not config.notes
+    assert not any("goes before" in note for note in config.notes)
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,16 @@ def test_errors_come_as_one_line_and_a_status() -> None:
     done = command("--print")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "warmroute: which model? warmroute worker MODEL [flags of vllm serve]\n"
+
+
+def test_what_vllm_needs_in_its_environment_yields_to_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = launch("m", settings=["nixl_backends=UCX"])
+    assert worker_command.shown(launched).startswith("env VLLM_KV_CACHE_LAYOUT=LBHNC ")
+    environments: list[Mapping[str, str]] = []
+    monkeypatch.setattr(worker_command, "check_engine", lambda: None)
+    monkeypatch.setattr(worker_command, "_check_free", lambda *_: None)
+    monkeypatch.setattr(worker_command, "_python_path", lambda _: "")
+    monkeypatch.setattr(os, "execve", lambda _path, _command, environment: environments.append(environment))
+    worker_command.run(launched, {})
+    worker_command.run(launched, {"VLLM_KV_CACHE_LAYOUT": "BLHNC"})
+    assert [each["VLLM_KV_CACHE_LAYOUT"] for each in environments] == ["LBHNC", "BLHNC"]
