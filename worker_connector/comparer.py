@@ -7,6 +7,8 @@ import torch
 
 from worker_connector.plan import Comparison
 
+_FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""Caches that are bytes to PyTorch, by vLLM's name of their type."""
 _PORTION = 1 << 20
 """Elements looked at together, so that large chunks take little memory."""
 
@@ -19,7 +21,7 @@ class Comparer:
         self._slab = slab
         self._slot_bytes = slot_bytes
         self._nbytes = nbytes
-        self._dtype = dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else None
+        self._dtype = dtype if dtype is not None and dtype.is_floating_point else None
 
     def compare(self, comparisons: Iterable[Comparison]) -> dict[int, float]:
         """The difference of each pair, by the slot that holds the chunk: see ``difference``."""
@@ -48,9 +50,11 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return math.sqrt(apart / largest) if largest else 0.0
 
 
-def dtype_of(caches: Mapping[str, torch.Tensor]) -> torch.dtype | None:
-    """The type of the cache's elements; None where layers have different ones."""
+def dtype_of(caches: Mapping[str, torch.Tensor], cache_dtype: str = "") -> torch.dtype | None:
+    """The type of the cache's elements, which vLLM calls ``cache_dtype``; None where layers have different ones."""
     found = {cache.dtype for cache in caches.values()}
+    if found == {torch.uint8}:
+        return _FP8.get(cache_dtype, torch.uint8)
     return found.pop() if len(found) == 1 else None
 
 

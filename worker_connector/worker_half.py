@@ -251,7 +251,9 @@ class WorkerHalf:
         slab = Slab(slots, layout.slot_bytes, device=device, node=node, huge=config.huge_pages)
         assert slab.bytes is not None
         copier = self._make_copier(buffer, slab.bytes, layout, threads=config.copy_threads, verify=config.verify)
-        comparer = Comparer(slab.bytes, layout.slot_bytes, layout.payload_bytes, dtype_of(kv_caches))
+        cache_config = getattr(self._vllm_config, "cache_config", None)
+        elements = dtype_of(kv_caches, str(getattr(cache_config, "cache_dtype", "")))
+        comparer = Comparer(slab.bytes, layout.slot_bytes, layout.payload_bytes, elements)
         self._transfers = Transfers(copier, lambda: stream_for(device), comparer.compare)
         self._slab = slab
         if config.has_lower_tiers and self._vllm_config is not None:

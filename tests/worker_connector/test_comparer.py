@@ -8,6 +8,7 @@ import torch
 
 from worker_connector.comparer import Comparer, difference, dtype_of
 from worker_connector.plan import Comparison
+from worker_connector.shadow import DIFFERENT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -54,3 +55,15 @@ def test_slots_are_compared_without_what_fills_them_up(dtype: torch.dtype | None
 def test_types_of_caches() -> None:
     assert dtype_of({"a": torch.zeros(1), "b": torch.ones(1)}) is torch.float32
     assert dtype_of({"a": torch.zeros(1), "b": torch.ones(1, dtype=torch.uint8)}) is None
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
+def test_a_cache_of_fp8_that_was_rounded_otherwise_is_the_same(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    values = torch.randn(4096)
+    one, again = (each.to(dtype).view(torch.uint8) for each in (values, values * (1 + 0.01 * torch.randn(4096))))
+    assert not torch.equal(one, again)
+    slab = torch.cat([one, again, torch.randn(4096).to(dtype).view(torch.uint8)])
+    comparer = Comparer(slab, 4096, 4096, dtype_of({"a": slab, "b": slab}, name))
+    assert comparer.compare([Comparison(0, 1)])[0] < DIFFERENT
+    assert comparer.compare([Comparison(0, 2)])[0] > 1
