@@ -11,7 +11,10 @@ _EXPORTS = {
     "get_cache_stats": ("worker_connector.client", "get_cache_stats"),
     "WarmrouteConnector": ("worker_connector.connector", "WarmrouteConnector"),
     "OffloadingConnector": ("worker_connector.connector", "WarmrouteConnector"),
+    "SimpleCPUOffloadConnector": ("worker_connector.connector", "WarmrouteConnector"),
     "LMCacheConnectorV1": ("worker_connector.connector", "WarmrouteConnector"),
+    "LMCacheConnectorV1Dynamic": ("worker_connector.connector", "WarmrouteConnector"),
+    "LMCacheMPConnector": ("worker_connector.connector", "WarmrouteConnector"),
 }
 
 __all__ = ["LMCacheConnectorV1", "OffloadingConnector", "WarmrouteConnector", "get_cache_stats"]

@@ -149,7 +149,7 @@ ABSENT: dict[str, Absent] = {
     "nixl_backends": Absent(
         "this connector does not speak NIXL: start with warmroute worker, which puts vLLM's NixlConnector beside it, or "
         'give MultiConnector with {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_connector_extra_config": '
-        '{"backends": ["UCX"]}} before this one'
+        '{"backends": ["UCX"]}} before this one, and set VLLM_KV_CACHE_LAYOUT=LBHNC'
     ),
     "force_skip_save": Absent('an engine that saves nothing has "kv_role": "kv_consumer"'),
     "discard_partial_chunks": Absent("only whole chunks are kept: leave it true", (True, 1, "")),

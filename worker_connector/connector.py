@@ -4,6 +4,7 @@ Written against vLLM 0.29 to 0.33. What an older version lacks is looked up once
 defined whether or not it is called.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,10 @@ from worker_connector.worker_half import WorkerHalf
 _TransferResults: Any = getattr(vllm_base, "KVConnectorTransferResults", None)
 _HitSource: Any = getattr(vllm_base, "CacheHitSource", None)
 
+OWN_NAME = "WarmrouteConnector"
 _BLOCK_SIZES_OF_ANY_KERNEL = (16, 32, 64)
+
+_log = logging.getLogger("vllm.warmroute.connector")
 
 
 @dataclass
@@ -68,6 +72,15 @@ class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     objects: ObjectKey | None = None
 
 
+def _settings_of(vllm_config: Any) -> dict[str, Any]:
+    """What stands in ``kv_connector_extra_config``, and the size that vLLM keeps to itself where its backend is LMCache's."""
+    transfer, wanted = vllm_config.kv_transfer_config, getattr(vllm_config.cache_config, "kv_offloading_size", None)
+    settings = dict(transfer.kv_connector_extra_config or {})
+    if wanted and transfer.kv_connector == "LMCacheMPConnector":
+        settings.setdefault("cpu_bytes_to_use", wanted * (1 << 30))
+    return settings
+
+
 class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Keeps the engine's KV cache in tiers behind its GPU and reports what is where."""
 
@@ -79,12 +92,14 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        config = ConnectorConfig.resolve(transfer.kv_connector_extra_config or {}, os.environ)
+        config = ConnectorConfig.resolve(_settings_of(vllm_config), os.environ)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._failed_blocks: set[int] = set()
         self._is_introduced = False
         if role is KVConnectorRole.SCHEDULER:
+            if transfer.kv_connector != OWN_NAME:
+                _log.info("kv_connector: %s is read as %s", transfer.kv_connector, OWN_NAME)
             # The scheduler reads this right after it made the connector. A cache that cannot deliver must cost
             # computing, never the request, which is what vLLM's default would make of it.
             transfer.kv_load_failure_policy = "recompute"

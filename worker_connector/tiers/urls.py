@@ -270,6 +270,8 @@ def _directory(url: _Url, ttl: float) -> Store:
 
 
 def _mooncake(url: _Url, _ttl: float) -> Store:
+    if "ttl" in url.options:
+        raise url.wrong("Mooncake keeps no ttl= of its own: set the setting ttl, which every object carries")
     addresses = url.addresses(50051)
     if len(addresses) > 1:
         raise url.wrong("one master is expected")
