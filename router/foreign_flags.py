@@ -63,19 +63,30 @@ RENAMED = {
 _MODELS = "what a worker serves is asked of itself, at /v1/models"
 _HEALTH = "every worker's /health is asked, every --health-interval seconds"
 _FIGURES = "figures are always at /metrics"
+_REPORTS = "workers are asked at their report ports"
 _BLOCKS = "workers tell their chunk size themselves"
 
 UNNEEDED = {
     "--static-models": _MODELS,
     "--static-model-types": _MODELS,
+    "--static-model-labels": _MODELS,
     "--static-backend-health-checks": _HEALTH,
+    "--static-backend-health-check-interval": _HEALTH,
+    "--static-backend-health-check-timeout-seconds": _HEALTH,
+    "--k8s-service-discovery-type": "pods are found by their addresses",
     "--engine-stats-interval": "workers report what they hold and do, as it happens",
     "--request-stats-window": _FIGURES,
     "--log-stats": _FIGURES,
     "--log-stats-interval": _FIGURES,
-    "--lmcache-controller-port": "workers are asked at their report ports",
-    "--lmcache-controller-reply-port": "workers are asked at their report ports",
-    "--lmcache-controller-heartbeat-port": "workers are asked at their report ports",
+    "--lmcache-controller-port": _REPORTS,
+    "--lmcache-controller-reply-port": _REPORTS,
+    "--lmcache-controller-heartbeat-port": _REPORTS,
+    "--lmcache-health-check-interval": _REPORTS,
+    "--lmcache-worker-timeout": _REPORTS,
+    "--prefix-min-match-length": "every whole chunk counts",
+    "--router-kv-events": _REPORTS,
+    "--no-router-kv-events": _REPORTS,
+    "--router-replica-sync": "every router reads every worker's reports",
     "--kv-cache-block-size": _BLOCKS,
     "--kv-event-block-size": _BLOCKS,
     "--kv-event-model": _MODELS,
@@ -85,11 +96,11 @@ UNNEEDED = {
 _APART = (
     "prefill and decode apart are made by the overlay deploy/kubernetes/overlays/disaggregated: see docs/kubernetes.md"
 )
+_BATCHES = "files and batches are not served here: vllm run-batch computes a file of requests"
 _EVENTS = "workers report through the connector: start them with warmroute worker; one without it is --worker URL,reports=none"
 
 REFUSED = {
     "--static-aliases": "give the served names to vLLM: --served-model-name NAME ALIAS",
-    "--static-model-labels": _APART,
     "--prefill-model-labels": _APART,
     "--decode-model-labels": _APART,
     "--prefill": _APART,
@@ -114,7 +125,17 @@ REFUSED = {
     "--api-key-validation-urls": "the clients' keys are --api-keys-file, the workers' key is --worker-api-key",
     "--prometheus-port": "metrics are at /metrics, on the port of the gateway",
     "--otel-endpoint": "traces are sent by OTLP over HTTP: --otlp-traces-endpoint http://HOST:4318/v1/traces",
-    "--enable-batch-api": "files and batches are not served here: vllm run-batch computes a file of requests",
+    "--otel-service-name": "set OTEL_SERVICE_NAME in the environment",
+    "--enable-batch-api": _BATCHES,
+    "--file-storage-class": _BATCHES,
+    "--file-storage-path": _BATCHES,
+    "--batch-processor": _BATCHES,
+    "--callbacks": "requests and answers are passed on as they are",
+    "--request-rewriter": "requests and answers are passed on as they are",
+    "--feature-gates": "answers are always computed, and nothing is searched for in requests",
+    "--router-temperature": "among equals a worker is drawn by lot",
+    "--busy-threshold": "how many requests may wait is --max-queue; more are answered 429",
+    "--migration-limit": "other workers are tried before a response has begun: --retries",
     "--external-providers-config": "only vLLM engines are routed to",
     "--cors-allowed-origins": 'name them in one text: --cors-origins "https://a https://b"',
 }
@@ -142,6 +163,8 @@ def translate(arguments: Sequence[str]) -> Read:
     """
     read = Read([], [])
     for flag, values, given in _flags(arguments):
+        if flag == "--k8s-service-discovery-type" and values == ["service-name"]:
+            raise ConfigError(f"{flag} {values[0]}: a Service's addresses are found by --discover dns://NAME:PORT")
         if flag in REFUSED:
             raise ConfigError(f"{flag} is none of our flags: {REFUSED[flag]}")
         if flag in UNNEEDED or flag == "--service-discovery":
