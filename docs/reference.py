@@ -27,7 +27,7 @@ from router.policy_metrics import PolicyState
 from router.reload import RELOADABLE
 from worker_connector.config import _PARSERS, DEFAULT_DISK_PATH, SETTINGS, ConnectorConfig
 from worker_connector.config_names import SECTIONS
-from worker_connector.stats import FIGURES
+from worker_connector.stats import FIGURES, VISION_FIGURES
 
 DOCS = Path(__file__).resolve().parent
 _MARKS = re.compile(r"(?<=<!-- from the code: make docs-reference -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -133,7 +133,7 @@ def _takes(name: str) -> str:
             _PARSERS[name](wrong)
         except ValueError as error:
             said = str(error).removeprefix("available here: ").removeprefix("it must be ")
-            said = said.partition(": it is ")[2] or said
+            said = (said.partition(": it is ")[2] or said).partition(": ")[0]
             return re.sub(r'"(\w+)"', r"`\1`", said).replace("and 2147483647", "and 2^31 - 1")
     return "text"
 
@@ -186,7 +186,7 @@ def _shown(value: Any, *, is_size: bool = False) -> str:
 
 def figures() -> Iterator[Entry]:
     """The connector's metrics."""
-    for figure in FIGURES:
+    for figure in (*FIGURES, *VISION_FIGURES):
         kind = "gauge" if figure.is_gauge else "counter"
         suffix = "" if figure.is_gauge else "_total"
         facts = f"{_capital(kind)}{', by `tier`' if figure.by_tier else ''}"
