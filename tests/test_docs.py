@@ -18,7 +18,7 @@ from router.reload import RELOADABLE
 from router.workers import Registry
 from worker_connector.config import SETTINGS
 from worker_connector.config_names import ABSENT, ALIASES, UNNEEDED
-from worker_connector.stats import FIGURES
+from worker_connector.stats import FIGURES, VISION_FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def test_every_name_from_elsewhere_is_described(name: str) -> None:
     assert f"`{name}" in CONFIGURATION
 
 
-@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
+@pytest.mark.parametrize("figure", [*FIGURES, *VISION_FIGURES], ids=lambda figure: figure.name)
 def test_every_figure_of_the_connector_has_its_heading(figure: object) -> None:
     assert f"\n### `warmroute_{figure.name}" in METRICS  # type: ignore[attr-defined]
 

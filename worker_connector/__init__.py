@@ -10,6 +10,7 @@ from typing import Any
 _EXPORTS = {
     "get_cache_stats": ("worker_connector.client", "get_cache_stats"),
     "WarmrouteConnector": ("worker_connector.connector", "WarmrouteConnector"),
+    "WarmrouteECConnector": ("worker_connector.vision_cache", "WarmrouteECConnector"),
     "OffloadingConnector": ("worker_connector.connector", "WarmrouteConnector"),
     "SimpleCPUOffloadConnector": ("worker_connector.connector", "WarmrouteConnector"),
     "LMCacheConnectorV1": ("worker_connector.connector", "WarmrouteConnector"),
@@ -17,7 +18,7 @@ _EXPORTS = {
     "LMCacheMPConnector": ("worker_connector.connector", "WarmrouteConnector"),
 }
 
-__all__ = ["LMCacheConnectorV1", "OffloadingConnector", "WarmrouteConnector", "get_cache_stats"]
+__all__ = ["LMCacheConnectorV1", "OffloadingConnector", "WarmrouteConnector", "WarmrouteECConnector", "get_cache_stats"]
 
 
 def __getattr__(name: str) -> Any:

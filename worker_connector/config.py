@@ -96,6 +96,8 @@ class ConnectorConfig:
     write_admission: str = "always"
     ttl: int = 0
     cache_warmup: bool = False
+    enable_vision_cache: bool = False
+    vision_cache_bytes: int = 1 << 30
     conversation_mode: bool = False
     conversation_seconds: float = 600.0
     lower_tier_patience: float = 5.0
@@ -190,6 +192,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "write_admission": choice("always", "second-touch"),
     "ttl": non_negative,
     "cache_warmup": warmup,
+    "enable_vision_cache": boolean,
+    "vision_cache_bytes": size,
     "conversation_mode": boolean,
     "conversation_seconds": seconds,
     "lower_tier_patience": seconds,

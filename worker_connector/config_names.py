@@ -141,7 +141,6 @@ class Absent(NamedTuple):
 
 ABSENT: dict[str, Absent] = {
     "retrieval_mode": Absent("available here: exact", ("exact", "")),
-    "enable_vision_cache": Absent("outputs of vision encoders are not cached: leave it false"),
     "save_decode_cache": Absent("generated tokens are always saved: leave it true", (True, 1, "")),
     "save_unfull_chunk": Absent("only whole chunks are kept: leave it false"),
     "enable_blending": Absent("caches are exact, never blended: leave it false"),

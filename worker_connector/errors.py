@@ -6,6 +6,7 @@ ConnectorError
 ├── ReportUnavailable    the report port cannot be opened
 ├── StatsUnavailable     no engine's figures could be read
 ├── ImpossibleOperation  a control request names what is not there, or what cannot be
+├── MissingOutput        a rank does not have an encoder output that it is to load; never, unless the ledger is wrong
 ├── StoreUnavailable     a store of a lower tier does not serve for now; cause is one word, fit for a metric's label
 └── BadObject            a chunk object failed a check and must not be used; check names it
 """
@@ -32,6 +33,10 @@ class StatsUnavailable(ConnectorError):
 
 
 class ImpossibleOperation(ConnectorError, ValueError):
+    pass
+
+
+class MissingOutput(ConnectorError):
     pass
 
 

@@ -4,7 +4,7 @@ vLLM carries what each process counted since its last step to the front end, sum
 and hands it to its log line and to Prometheus with the index of the engine, so several engines stay apart by label.
 """
 
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from prometheus_client import Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -14,19 +14,20 @@ from worker_connector.stats import FIGURES, Counts, Figure, merge
 PREFIX = "warmroute_"
 
 
-class WarmrouteStats(KVConnectorStats):  # type: ignore[misc]
+class CountsOfInterval:
     """What one process, or one engine, counted in one interval. ``data`` is figure -> tier -> value."""
 
+    figures: ClassVar[tuple[Figure, ...]] = FIGURES
     data: Counts
 
     def __init__(self, data: Counts | None = None) -> None:
         # A copy: vLLM's log adds up in place what its Prometheus side still has to read.
-        super().__init__({name: dict(tiers) for name, tiers in (data or {}).items()})
+        super().__init__({name: dict(tiers) for name, tiers in (data or {}).items()})  # type: ignore[call-arg]
 
     def reset(self) -> None:
         self.data = {}
 
-    def aggregate(self, other: KVConnectorStats) -> "WarmrouteStats":
+    def aggregate(self, other: Any) -> Self:
         merge(self.data, other.data)
         return self
 
@@ -36,7 +37,7 @@ class WarmrouteStats(KVConnectorStats):  # type: ignore[misc]
     def reduce(self) -> dict[str, int | float]:
         """One number per counter and tier; gauges belong to one engine and are left to Prometheus."""
         line: dict[str, int | float] = {}
-        for figure in FIGURES:
+        for figure in self.figures:
             if figure.is_gauge:
                 continue
             for tier, value in self.data.get(figure.name, {}).items():
@@ -44,8 +45,11 @@ class WarmrouteStats(KVConnectorStats):  # type: ignore[misc]
         return line
 
 
-class WarmroutePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+class FigureMetrics:
     """Every figure as ``warmroute_*`` on the engine's own ``/metrics``, labelled with vLLM's labels and the tier."""
+
+    figures: ClassVar[tuple[Figure, ...]] = FIGURES
+    per_engine_labelvalues: dict[int, list[object]]
 
     def __init__(
         self,
@@ -54,10 +58,10 @@ class WarmroutePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
-        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._figures = {figure.name: figure for figure in FIGURES}
-        self._metrics = {figure.name: self._metric(figure, metric_types, labelnames) for figure in FIGURES}
-        for figure in FIGURES:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)  # type: ignore[call-arg]
+        self._figures = {figure.name: figure for figure in self.figures}
+        self._metrics = {figure.name: self._metric(figure, metric_types, labelnames) for figure in self.figures}
+        for figure in self.figures:
             if not figure.by_tier:
                 self._touch(figure)
 
@@ -90,3 +94,11 @@ class WarmroutePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         """Show a figure as 0 before its first event."""
         for labels in self.per_engine_labelvalues.values():
             self._metrics[figure.name].labels(*labels)
+
+
+class WarmrouteStats(CountsOfInterval, KVConnectorStats):  # type: ignore[misc]
+    """The connector's figures of one interval."""
+
+
+class WarmroutePromMetrics(FigureMetrics, KVConnectorPromMetrics):  # type: ignore[misc]
+    """The connector's figures on the engine's ``/metrics``."""

@@ -26,6 +26,7 @@ class Slab:
     All of it is taken from the operating system at once: a page fault in the middle of a save would stall the engine's
     own allocations. That costs a fraction of a second per GiB. ``node`` is the NUMA node that it should be on, ``huge``
     asks for reserved huge pages; where either cannot be had, one warning says so. Children of fork() do not get it.
+    ``purpose`` is what it is for and the setting that sizes it, for what is said of it.
 
     Raises:
         ConfigurationError: the machine, or the container, does not have that much memory.
@@ -40,13 +41,14 @@ class Slab:
         device: torch.device | None = None,
         node: int = ANY_NODE,
         huge: bool = False,
+        purpose: tuple[str, str] = ("the CPU tier", "cpu_bytes"),
     ) -> None:
         size = slots * slot_bytes
         available = _available_memory(size, huge=huge)
         if available is not None and size > available:
             raise ConfigurationError(
-                f"the CPU tier needs {size >> 20} MiB on this rank, but only {available >> 20} MiB of memory are "
-                "available: lower cpu_bytes"
+                f"{purpose[0]} needs {size >> 20} MiB on this rank, but only {available >> 20} MiB of memory are "
+                f"available: lower {purpose[1]}"
             )
         self.slots = slots
         self.slot_bytes = slot_bytes
@@ -54,14 +56,14 @@ class Slab:
         self.granted = native.Granted(0)
         self.bytes: torch.Tensor | None = torch.empty(0, dtype=torch.uint8)
         if size:
-            self._allocate(size, device or torch.device("cpu"), node, huge)
+            self._allocate(size, device or torch.device("cpu"), node, huge, purpose[0])
 
     def close(self) -> None:
         """Give the memory back. No transfer may be under way; views that others still hold keep it until they go."""
         self.bytes = None
         self.pinned = False
 
-    def _allocate(self, size: int, device: torch.device, node: int, huge: bool) -> None:
+    def _allocate(self, size: int, device: torch.device, node: int, huge: bool, name: str) -> None:
         with native.Context(device) as context:
             memory = context.allocate(size, node=node, huge=huge)
         # Tensors hold the memory but do not export it: the last one to go gives it back.
@@ -69,7 +71,7 @@ class Slab:
         self.granted = memory.granted
         self.pinned = native.Granted.LOCKED in memory.granted
         for missing, consequence in _shortcomings(memory.granted, device, node, huge=huge):
-            _log.warning("The CPU tier's memory is not %s", f"{missing}: {consequence}")
+            _log.warning("The memory of %s is not %s", name, f"{missing}: {consequence}")
 
 
 def _shortcomings(granted: Any, device: torch.device, node: int, *, huge: bool) -> Iterator[tuple[str, str]]:

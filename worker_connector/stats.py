@@ -62,7 +62,22 @@ FIGURES = (
 )
 """Every figure there is."""
 
-GAUGES = frozenset(figure.name for figure in FIGURES if figure.is_gauge)
+VISION_FIGURES = (
+    Figure("vision_hits", "Media items whose encoder output was loaded instead of computed."),
+    Figure("vision_hit_embeddings", "Embeddings of them, which is what the encoder was spared."),
+    Figure("vision_encoded", "Media items that the encoder computed."),
+    Figure("vision_load_bytes", "Bytes of the outputs of vision_hits, on each rank."),
+    Figure("vision_saves", "Outputs that every rank keeps in host memory since."),
+    Figure("vision_save_bytes", "Bytes of them, on each rank."),
+    Figure("vision_failed_saves", "Outputs that a rank failed to keep, so that none does."),
+    Figure("vision_evictions", "Outputs evicted to make room."),
+    Figure("vision_entries", "Outputs kept now.", is_gauge=True),
+    Figure("vision_bytes", "Bytes taken by them, on each rank.", is_gauge=True),
+    Figure("vision_capacity_bytes", "Bytes that the cache may take, on each rank.", is_gauge=True),
+)
+"""Those of the vision cache, which has a connector of its own in vLLM."""
+
+GAUGES = frozenset(figure.name for figure in (*FIGURES, *VISION_FIGURES) if figure.is_gauge)
 
 Counts = dict[str, dict[str, float]]
 """Figure name -> tier ("" for figures without tiers) -> value."""
@@ -203,7 +218,15 @@ def summary(counts: Counts) -> dict[str, Any]:
         "different_chunks": int(_of(counts, "different_chunks")),
         "report": {name: int(_of(counts, name)) for name in ("report_readers", "dropped_readers", "relists")},
         "tiers": {tier: _tier_summary(counts, tier) for tier in _tiers(counts)},
+        **_vision_summary(counts),
     }
+
+
+def _vision_summary(counts: Counts) -> dict[str, dict[str, int]]:
+    """Only of engines that have a vision cache."""
+    if "vision_capacity_bytes" not in counts:
+        return {}
+    return {"vision": {name.removeprefix("vision_"): int(_of(counts, name)) for name, *_ in VISION_FIGURES}}
 
 
 def _tier_summary(counts: Counts, tier: str) -> dict[str, float]:

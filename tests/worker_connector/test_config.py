@@ -219,7 +219,6 @@ def test_mistakes_are_named(extra: dict[Any, Any], message: str) -> None:
     [
         ({"remote_serde": "cachegen"}, "it is one of raw, exp12, fp8, k16v8, int8, zstd, lz4"),
         ({"retrieval_mode": "semantic"}, "available here: exact"),
-        ({"enable_vision_cache": True}, "vision encoders"),
         ({"save_decode_cache": False}, "generated tokens are always saved"),
         ({"nixl_backends": ["UCX"]}, "puts vLLM's NixlConnector beside it"),
     ],
