@@ -61,6 +61,8 @@ class GpuTier:
         self._cursor = 0  # events of the pool's queue already read
         self._repeats: set[int] = set()  # positions in the queue of stores that tell of blocks stored before
         self._media: dict[int, Sequence[Media]] = {}  # position in the queue -> media of a store
+        if (reset := getattr(self._pool, "reset_prefix_cache", None)) is not None:
+            self._pool.reset_prefix_cache = partial(self._resetting, reset)
         if self._groups:
             self._watch()
 
@@ -109,7 +111,6 @@ class GpuTier:
         self._take_events = pool.take_events
         pool.take_events = self._taken
         pool.cache_full_blocks = partial(self._caching, pool.cache_full_blocks)
-        pool.reset_prefix_cache = partial(self._resetting, pool.reset_prefix_cache)
         if (emit := getattr(pool, "emit_cached_block_events", None)) is not None:
             pool.emit_cached_block_events = partial(self._repeating, emit)
 

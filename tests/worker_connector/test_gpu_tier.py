@@ -195,6 +195,20 @@ def test_no_full_attention_group_means_no_tier(cache: ModuleType) -> None:
     assert bench.manager.block_pool.take_events == before
 
 
+def test_a_reset_is_foretold_and_told_also_where_there_is_no_tier(cache: ModuleType) -> None:
+    bench, told = cache.Bench(watch=False), list[str]()
+    GpuTier(
+        bench.manager,
+        [cache.group(cache.window())],
+        chunk_size=cache.CHUNK,
+        model=cache.MODEL,
+        on_cleared=lambda: told.append("cleared"),
+        before_reset=lambda: told.append("before"),
+    )
+    assert bench.manager.reset_prefix_cache()
+    assert told == ["before", "cleared"]
+
+
 def test_no_prefix_caching_means_no_tier(cache: ModuleType) -> None:
     assert not cache.Bench(caching=False).tier.is_reported
 
