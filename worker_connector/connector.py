@@ -28,6 +28,7 @@ from worker_connector.copier import Copier
 from worker_connector.metrics import WarmroutePromMetrics, WarmrouteStats
 from worker_connector.plan import PLAIN, StepPlan, WorkerReport
 from worker_connector.scheduler_half import SchedulerHalf
+from worker_connector.vision_cache_settings import require_connector
 from worker_connector.worker_half import WorkerHalf
 
 _TransferResults: Any = getattr(vllm_base, "KVConnectorTransferResults", None)
@@ -98,6 +99,7 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._failed_blocks: set[int] = set()
         self._is_introduced = False
         if role is KVConnectorRole.SCHEDULER:
+            require_connector(config, vllm_config)
             if transfer.kv_connector != OWN_NAME:
                 _log.info("kv_connector: %s is read as %s", transfer.kv_connector, OWN_NAME)
             # The scheduler reads this right after it made the connector. A cache that cannot deliver must cost
