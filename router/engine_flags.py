@@ -14,7 +14,11 @@ import yaml
 
 from router.errors import ConfigError
 
-_SHORTEST = {"--kv-transfer-config": "--kv-t", "--kv-offloading-size": "--kv-offloading-s"}
+_SHORTEST = {
+    "--kv-transfer-config": "--kv-t",
+    "--kv-offloading-size": "--kv-offloading-s",
+    "--ec-transfer-config": "--ec-t",
+}
 
 
 class EngineFlags:

@@ -23,6 +23,7 @@ from router.config import DEFAULT_REPORT_PORT, LOOPBACK, WorkerSpec, nearest
 from router.engine_flags import EngineFlags
 from router.errors import ConfigError
 from router.transfer_config import FLAG, TransferConfig, transfer_config
+from router.vision_config import add_vision_cache
 
 OLDEST = (0, 29)
 """The first vLLM whose connector interface this package speaks."""
@@ -72,11 +73,12 @@ def prepare(arguments: Sequence[str], wish: Wish, environ: Mapping[str, str]) ->
         raise ConfigError("which model? warmroute worker MODEL [flags of vllm serve]")
     config = transfer_config(flags, wish.settings, environ)
     registration, secrets = _registration(flags, wish, config, environ) if wish.routers else ([], {})
+    vision = add_vision_cache(flags, config.extra, environ)
     tokens = flags.tokens
     if not flags.has("--enable-prompt-tokens-details", "--no-enable-prompt-tokens-details"):
         tokens = [*tokens, "--enable-prompt-tokens-details"]
     whole = msgspec.json.encode(config.whole).decode()
-    command = [sys.executable, *_SERVER, *tokens, FLAG, whole]
+    command = [sys.executable, *_SERVER, *tokens, *vision, FLAG, whole]
     return Launch(command, registration, secrets, _listens(flags, config), config.notes, config.variables)
 
 
