@@ -15,7 +15,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from worker_connector.estimate import Estimator
 from worker_connector.eviction import NORMAL
@@ -85,6 +85,8 @@ class Fetches:
         self.asks: Asks | None = None
         self.unit = 0
         """Tails are so many tokens long, times a number; 0 where there are none."""
+        self.least = 0
+        """Hits of fewer tokens are not loaded."""
         self.paces = {name: FetchPace() for name in tiers}
         self._ledger = ledger
         self._jobs = jobs
@@ -292,6 +294,8 @@ class Fetches:
         for slot in [slot for slot in wait.held.values() if slot.forgotten]:
             self._let_go(wait, slot)
         found = self._find(wait, state, question[0], ahead=ahead)
+        if not found.asking and self._size * (len(found.ready) + found.coming + len(found.wanted)) < self.least:
+            found = replace(found, jobs=set(), wanted=[], coming=0)
         wait.question, wait.recheck = question, now + RECHECK_SECONDS
         wait.gain = found.coming + found.brought + len(found.wanted)
         if len(found.ready) > wait.ready:

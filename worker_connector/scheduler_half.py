@@ -87,6 +87,7 @@ class SchedulerHalf:
         )
 
         self.planner.lower.generation = config.weights_generation
+        self.planner.lower.fetches.least = config.min_load_tokens
         self.rank_stores = RankStores()
         below = self.planner.lower.pins_below
         below.most = self._most_pins_below()

@@ -435,3 +435,12 @@ def test_without_slots_nobody_waits() -> None:
     engine.step()
     assert request.answers == [0]
     assert not engine.questions
+
+
+@pytest.mark.parametrize(("chunks", "fetches"), [(2, 0), (5, 5)])
+def test_what_is_too_short_to_be_loaded_is_not_fetched(chunks: int, fetches: int) -> None:
+    engine, (tokens,) = written(1, chunks, min_load_tokens=4 * CHUNK)
+    engine.planner.lower.fetches.least = 4 * CHUNK
+    request = engine.serve("a", [*tokens, *prompt(9, 6 * CHUNK)])
+    assert len(fetched(engine)) == fetches
+    assert (0 in request.answers) is (not fetches)
