@@ -1,5 +1,9 @@
 """How Sphinx builds these pages: `make docs`."""
 
+from typing import Any
+
+from docutils import nodes
+
 project = "warmroute"
 author = "The warmroute authors"
 copyright = author  # noqa: A001 - Sphinx's name
@@ -25,3 +29,15 @@ html_theme_options = {
     "light_css_variables": {"font-stack": "system-ui, sans-serif", "font-stack--monospace": "ui-monospace, monospace"},
     "top_of_page_buttons": [],
 }
+
+
+def setup(app: Any) -> None:
+    """Links that name a page by its file, as they are read in the repository, show the page's title."""
+    app.connect("doctree-resolved", _show_titles)
+
+
+def _show_titles(app: Any, page: nodes.document, _name: str) -> None:
+    for link in page.findall(nodes.reference):
+        title = app.env.titles.get(link.astext().removeprefix("docs/").removesuffix(".md"))
+        if title is not None and link.astext().endswith(".md"):
+            link.children = [nodes.Text(title.astext())]
