@@ -2,8 +2,6 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
-import pytest
-
 
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
@@ -23,21 +21,3 @@ def test_importing_the_package_imports_neither_torch_nor_vllm() -> None:
     )
     code = f"import sys, worker_connector, {modules}; print([m for m in ('torch', 'vllm') if m in sys.modules])"
     assert run(code) == "[]"
-
-
-def test_registering_twice_is_harmless_and_every_name_is_a_connector_for_hybrid_models() -> None:
-    pytest.importorskip("vllm", reason="needs vLLM (CPU build)")
-    code = """
-from vllm.config import KVTransferConfig
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from worker_connector.plugin import register
-register(); register()
-names = []
-for name, path in (("WarmrouteConnector", None), ("OffloadingConnector", "worker_connector"),
-                   ("LMCacheConnectorV1", "worker_connector")):
-    config = KVTransferConfig(kv_connector=name, kv_connector_module_path=path, kv_role="kv_both")
-    names.append(KVConnectorFactory.get_connector_class(config).__name__)
-    assert KVConnectorFactory.supports_hma_config(config)
-print(names)
-"""
-    assert run(code) == "['WarmrouteConnector', 'WarmrouteConnector', 'WarmrouteConnector']"
