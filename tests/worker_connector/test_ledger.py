@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kv_protocol.digests import RunningDigest
 from kv_protocol.messages import Cleared, Removed, Stored, unpack
-from worker_connector.eviction import LeastRecentlyUsed
+from worker_connector.eviction import HIGH, LOW, NORMAL, POLICIES, LeastRecentlyUsed, Prioritised
 from worker_connector.ledger import CPU, GPU, Change, Ledger, Slot, SlotState
 
 
@@ -272,3 +272,31 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 TestLedgerStress = LedgerMachine.TestCase
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(4, 8))
+def test_random_use_with_priorities_breaks_no_policy(name: str, seed: int) -> None:
+    rng = random.Random(seed)
+    ledger = Ledger(Prioritised(POLICIES[name]))
+    ledger.set_capacity(rng.choice([2, 7, 20]))
+    saving: list[Slot] = []
+    loading: list[Slot] = []
+    for _ in range(600):
+        action, wanted = rng.random(), chunk(rng.randrange(30))
+        if action < 0.4 and (slot := ledger.reserve(wanted, priority=rng.choice([LOW, NORMAL, HIGH]))) is not None:
+            saving.append(slot)
+        elif action < 0.7 and saving:
+            ledger.commit(saving.pop(rng.randrange(len(saving))))
+        elif action < 0.8 and (slot := ledger.lookup(wanted)) is not None:
+            ledger.pin(slot)
+            loading.append(slot)
+        elif action < 0.9 and loading:
+            ledger.unpin(loading.pop(rng.randrange(len(loading))))
+        elif action < 0.96:
+            ledger.raise_priority([wanted], rng.choice([LOW, NORMAL, HIGH]))
+        else:
+            ledger.forget(wanted)
+        ledger.check()
+        ledger._policy.check()
+        assert ledger._policy.victim() not in {slot.chunk for slot in loading if not slot.forgotten}

@@ -71,6 +71,7 @@ class AdaptiveReplacement:
             return
         if chunk == self._named:
             self._capacity = self._residents()
+            self._aim = min(self._aim, self._capacity)
             ghosts = self._recent_ghosts if queue is self._recent else self._frequent_ghosts
             ghosts.add(chunk)
         del queue[chunk]
