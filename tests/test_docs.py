@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from kv_protocol import messages
 from router.admission import Admission
 from router.api import make_rest
 from router.app import Gateway
+from router.cache_control import OPERATIONS
 from router.config import Settings
 from router.endpoints import BY_LOAD, OWN, PROMPTS, REFUSED, REFUSED_BELOW
 from router.findings import CHECKS
@@ -72,6 +74,22 @@ def test_every_route_of_the_application_has_its_heading() -> None:
 def test_every_path_that_is_never_passed_on_is_named_with_its_reason(path: str) -> None:
     why = REFUSED.get(path) or REFUSED_BELOW[path]
     assert f"| `{path}{'*' if path in REFUSED_BELOW else ''}` | {why} |\n" in HTTP_API
+
+
+def test_every_message_of_the_report_protocol_is_described_with_its_fields() -> None:
+    page = (ROOT / "docs" / "report-protocol.md").read_text(encoding="utf-8")
+    kinds = {kind.__struct_config__.tag: kind for kind in vars(messages).values() if hasattr(kind, "__struct_config__")}
+    described = {str(tag): kind for tag, kind in kinds.items() if tag is not None}
+    assert len(described) > 10
+    for tag, kind in described.items():
+        said = "".join(re.findall(rf"^.*\b{tag}\b.*$", page, re.MULTILINE))
+        assert not [name for name in kind.__struct_fields__ if not re.search(rf"\b{name}\b", said)], tag
+
+
+@pytest.mark.parametrize("name", ["operations.md", "report-protocol.md"])
+def test_every_operation_on_caches_is_described(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert [operation for operation in OPERATIONS if f"\n| `{operation}` | " not in page] == []
 
 
 def test_every_check_of_the_doctor_has_a_heading() -> None:
