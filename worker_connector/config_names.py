@@ -156,12 +156,16 @@ ABSENT: dict[str, Absent] = {
 }
 
 
+_NO_SERVER = "there is no cache server beside the engine"
 UNNEEDED: dict[str, str] = {
     "use_layerwise": "chunks are loaded and saved beside the computation",
     "enable_async_loading": "loads never block a step",
     "enable_lazy_memory_allocator": "the CPU tier's memory is taken once",
     "enable_controller": "routers read the report port of each engine",
     "lmcache_instance_id": "engines are told apart by their report ports, and named at routers by --worker-name",
+    "lmcache_rpc_port": "only the scheduler looks chunks up",
+    "mp.host": _NO_SERVER,
+    "mp.port": _NO_SERVER,
     "pre_caching_hash_algorithm": "chunks have hashes that are equal in every process",
     "track_usage": "nothing is sent to anybody",
     "use_experimental": "there is one connector",

@@ -169,13 +169,15 @@ def test_a_variable_that_is_nearly_one_is_refused_and_a_strange_one_is_warned_of
     assert "LMCACHE_RESERVE_LOCAL_CPU_SIZE has no meaning here" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["use_layerwise", "enable_async_loading", "enable_controller", "track_usage"])
+@pytest.mark.parametrize(
+    "name", ["use_layerwise", "lmcache.mp.host", "enable_async_loading", "enable_controller", "track_usage"]
+)
 @pytest.mark.parametrize("value", [True, False])
 def test_what_is_not_needed_is_told(name: str, value: object, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert changes(resolve({name: value})) == {}
     (line,) = caplog.messages
-    assert f"{name} is not needed: " in line
+    assert f"{name.removeprefix('lmcache.')} is not needed: " in line
 
 
 # ---- stores -----------------------------------------------------------------------------------------------------------
