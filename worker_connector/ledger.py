@@ -415,8 +415,9 @@ class Ledger:
     def hottest(self) -> list[bytes]:
         """The visible chunks of the cpu tier, those that would be evicted last first. O(chunks)."""
         with self.lock:
-            chunks = reversed(self._policy.order())
-            return [chunk for chunk in chunks if (slot := self.lookup(chunk)) is not None and not slot.hidden]
+            chunks = self._policy.order()
+        # Without the lock: the engine does not wait for a million chunks.
+        return [chunk for chunk in reversed(chunks) if (slot := self.lookup(chunk)) is not None and not slot.hidden]
 
     @property
     def free_slots(self) -> int:

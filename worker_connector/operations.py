@@ -30,6 +30,7 @@ _MOST_QUEUED = 64
 _MOST_LISTED = 10_000
 _POLL_SECONDS = 0.002
 _SLICE = 1024
+_YIELD_SECONDS = 0.0002
 
 Arguments = dict[str, Any]
 
@@ -303,19 +304,22 @@ class Operations:
         _only(arguments, "tier", "newest")
         tier = self._below(arguments)[-1]
         newest = _count(arguments, "newest", 1 << 40)
-        with self._ledger.lock:
-            held = self._ledger.hottest()
-            lacking = [chunk for chunk in held if self._lower.may_hand_over(tier, chunk)][:newest]
-            if lacking:
+        held, lacking, present = self._ledger.hottest(), list[bytes](), 0
+        for part in _slices(held):
+            with self._ledger.lock:
+                lacking += [chunk for chunk in part if self._lower.may_hand_over(tier, chunk)]
+                present += sum(tier in self._ledger.below(chunk) for chunk in part)
+        del lacking[newest:]
+        if lacking:
+            with self._ledger.lock:
                 self._queue_work(lambda: self._lower.hand_over(tier, lacking))
-            present = sum(tier in self._ledger.below(chunk) for chunk in held)
-            return {
-                "tier": tier,
-                "chunks": len(lacking),
-                "present": present,
-                "refused": len(held) - present - len(lacking) if len(lacking) < newest else 0,
-                "queued": [tier] if lacking else [],
-            }
+        return {
+            "tier": tier,
+            "chunks": len(lacking),
+            "present": present,
+            "refused": len(held) - present - len(lacking) if len(lacking) < newest else 0,
+            "queued": [tier] if lacking else [],
+        }
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -387,7 +391,10 @@ class Operations:
 
 def _slices(chunks: Sequence[bytes]) -> Iterable[Sequence[bytes]]:
     """Parts of a list, small enough that the engine can do without the ledger for one of them."""
-    return (chunks[at : at + _SLICE] for at in range(0, len(chunks), _SLICE))
+    for at in range(0, len(chunks), _SLICE):
+        if at:
+            time.sleep(_YIELD_SECONDS)  # or this thread takes the lock again before the engine's wakes up
+        yield chunks[at : at + _SLICE]
 
 
 def _only(arguments: Arguments, *known: str) -> None:

@@ -1,6 +1,7 @@
 """Control operations on a stand-in engine with lower tiers, which checks every token it reads."""
 
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -437,3 +438,37 @@ def test_flush_of_the_newest_writes_no_more() -> None:
 def test_flush_needs_a_lower_tier() -> None:
     with pytest.raises(ImpossibleOperation, match="no lower tier"):
         Controlled(rules=())("flush")
+
+
+class CountingLock:
+    """Tells how often something was done in one hold of it, at most."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.done = self.most = 0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        self.most, self.done = max(self.most, self.done), 0
+
+
+def test_flushing_much_leaves_the_ledger_to_the_engine_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    control = Controlled(slots=5000, rules=TIERS[:1])
+    for number in range(5000):
+        slot = control.ledger.reserve(number.to_bytes(16, "big"))
+        assert slot is not None
+        control.ledger.commit(slot)
+    lock, lower = CountingLock(), control.engine.planner.lower
+    may_hand_over = lower.may_hand_over
+
+    def counted(tier: str, chunk: bytes) -> bool:
+        lock.done += 1
+        return may_hand_over(tier, chunk)
+
+    monkeypatch.setattr(control.ledger, "lock", lock)
+    monkeypatch.setattr(lower, "may_hand_over", counted)
+    assert control("flush")["chunks"] == 5000
+    assert 0 < lock.most <= 1024
