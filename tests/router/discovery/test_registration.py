@@ -42,11 +42,16 @@ def test_simulated_a_worker_that_is_not_well_is_not_registered() -> None:
         worker.status = 503
         async with running_gateway() as gateway, httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{gateway.port}"
-            registration = Registration([WorkerSpec.parse(worker.spec("self"))], [url, "http://127.0.0.1:9"], ttl=5)
+            gateways = [url, "http://127.0.0.1:9", "http://[::1", "http://a:99999", "gateway:8080"]
+            registration = Registration([WorkerSpec.parse(worker.spec("self"))], gateways, ttl=5)
             assert await registration.renew(client) == 0
             worker.status = 200
             assert await registration.renew(client) == 1, "one gateway that is away does not keep it from the other"
             assert gateway.gateway.registry.get("self") is not None
+            stop = asyncio.Event()
+            stop.set()
+            await registration.run(stop)
+            await until(lambda: gateway.gateway.registry.get("self") is None)
         await worker.kill()
 
     run(scenario())
