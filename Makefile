@@ -20,6 +20,9 @@ SUPPLY := $(STAMPS)/supply
 SOURCES := $(shell find kv_protocol router worker_connector -name '*.py' -o -name 'py.typed' -o -path '*/page/*') pyproject.toml README.md \
 	CMakeLists.txt $(shell find csrc -type f)
 
+# Several targets install into one environment.
+.NOTPARALLEL:
+
 .PHONY: demo test check unit docs docs-reference wheel lock sbom audit gpu-check clean
 
 demo: $(STAMPS)/package
