@@ -5,6 +5,7 @@ The connector itself reads its settings (``WARMROUTE_*``, ``LMCACHE_*``, files);
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ _OF_THE_WHOLE = (
 )
 SWITCHES = ("ENABLE_LMCACHE", "VLLM_ENABLE_LMCACHE")
 BACKENDS = ("native", "lmcache", "warmroute")
+_URL_WITH_PASSWORD = re.compile(r"[a-z0-9+.-]+://[^/?#]*:[^/?#]*@")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _SIZES = (
@@ -73,7 +75,7 @@ def transfer_config(flags: EngineFlags, settings: Sequence[str], environ: Mappin
     whole.setdefault("kv_role", "kv_both")
     notes: list[str] = []
     config = TransferConfig(whole, _extra(_own_entry(whole, notes)), notes, _environ=environ)
-    _set(config.extra, settings)
+    _set(config.extra, settings, notes)
     _switch(config, environ)
     _offload(config, flags, environ)
     _transfer(config)
@@ -179,7 +181,7 @@ def _extra(entry: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def _set(extra: dict[str, Any], settings: Sequence[str]) -> None:
+def _set(extra: dict[str, Any], settings: Sequence[str], notes: list[str]) -> None:
     for each in settings:
         name, equals, value = each.partition("=")
         if not equals or not name:
@@ -188,6 +190,11 @@ def _set(extra: dict[str, Any], settings: Sequence[str]) -> None:
         if extra.get(name, value) != value:
             raise ConfigError(f"--set {name} and {FLAG} give different values: keep one of them")
         extra[name] = value
+        if name == "report_token" or _URL_WITH_PASSWORD.match(value):
+            variable = f"WARMROUTE_{name.upper()}"
+            notes.append(
+                f"--set {name} can be read in the list of processes: set {variable} in the environment instead"
+            )
 
 
 def _switch(config: TransferConfig, environ: Mapping[str, str]) -> None:

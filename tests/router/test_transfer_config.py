@@ -160,6 +160,21 @@ def test_what_cannot_be_merged_is_refused_with_the_cure(whole: Any, cure: str) -
         build(whole=whole)
 
 
+@pytest.mark.parametrize(
+    ("setting", "variable"),
+    [
+        ("report_token=secret", "WARMROUTE_REPORT_TOKEN"),
+        ("remote-url=redis://:secret@h:1", "WARMROUTE_REMOTE_URL"),
+        ("cpu_bytes=1GiB", ""),
+        ("remote_url=redis://h:1", ""),
+    ],
+)
+def test_a_secret_on_the_command_line_is_pointed_out(setting: str, variable: str) -> None:
+    notes = build(settings=[setting]).notes
+    assert [variable in note for note in notes] == [True] * bool(variable)
+    assert "secret" not in " ".join(notes)
+
+
 @pytest.mark.parametrize("variable", ["ENABLE_LMCACHE", "VLLM_ENABLE_LMCACHE"])
 @pytest.mark.parametrize(("value", "used"), [("1", True), ("true", True), ("YES", True), ("0", False), ("off", False)])
 def test_switches_of_other_caches_are_heeded(variable: str, value: str, used: bool) -> None:
