@@ -82,11 +82,14 @@ def pages() -> Iterator[tuple[Path, str]]:
         "metrics.md": [{"": list(figures())}, {"": list(series())}],
     }.items():
         page = DOCS / name
-        text = page.read_text(encoding="utf-8")
-        remaining = iter(parts)
-        yield page, _MARKS.sub(lambda found, rest=remaining: _region(found[0], next(rest)), text)
+        yield page, _filled(page.read_text(encoding="utf-8"), parts)
     page = DOCS / "cli.md"
     yield page, _MARKS.sub(lambda _: commands(), page.read_text(encoding="utf-8"))
+
+
+def _filled(text: str, parts: Iterable[Mapping[str, list[Entry]]]) -> str:
+    remaining = iter(parts)
+    return _MARKS.sub(lambda found: _region(found[0], next(remaining)), text)
 
 
 def _region(before: str, groups: Mapping[str, list[Entry]]) -> str:
@@ -170,7 +173,7 @@ def _noun(annotation: Any) -> str:
 
 
 def _flag(name: str) -> str:
-    flags = {parameter.name: parameter.opts[0] for parameter in _commands()["serve"].params}
+    flags: dict[str, str] = {parameter.name: parameter.opts[0] for parameter in _commands()["serve"].params}
     return flags[name]
 
 
@@ -203,7 +206,7 @@ def series() -> Iterator[Entry]:
 
 async def _families() -> list[tuple[Any, Iterable[str]]]:
     gateway = Gateway(Settings(api_keys=f"team:{'k' * 40}", shadow_policy="least-ttft"))  # type: ignore[arg-type]
-    watch = PodWatch(PodSpec(selector="app=vllm"), lambda _: None, watch_seconds=60, timeout=5)
+    watch = PodWatch(PodSpec(selector="app=vllm"), lambda *_: None, watch_seconds=60, timeout=5)
     watch.answered_at = 0.0
     worker = SimpleNamespace(name="", pace=SimpleNamespace(learned_speed=1.0, fixed=1.0))
     collectors = gateway.metrics._registry._collector_to_names  # noqa: SLF001 - the registry lists none of its own accord
@@ -227,7 +230,8 @@ def commands() -> str:
 
 def _commands(group: Any = None, before: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, command in (group or typer.main.get_command(app)).commands.items():
+    root: Any = group or typer.main.get_command(app)
+    for name, command in root.commands.items():
         nested = hasattr(command, "commands")
         found |= _commands(command, f"{before}{name} ") if nested else {f"{before}{name}": command}
     return dict(sorted(found.items()))
