@@ -10,6 +10,7 @@ error: nothing is ignored in silence.
 import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -114,15 +115,17 @@ class ConnectorConfig:
     report_max_readers: int = 64
 
     @classmethod
-    def resolve(cls, extra: Mapping[str, Any], environ: Mapping[str, str]) -> Self:
-        """The settings that hold, from ``kv_connector_extra_config`` and the environment.
+    def resolve(cls, extra: Mapping[str, Any], environ: Mapping[str, str], *, tell: bool = True) -> Self:
+        """The settings that hold, from ``kv_connector_extra_config`` and the environment. ``tell``: log how names are read,
+        which one process of an engine does for all.
 
         Raises:
             ConfigurationError: a name is unknown, a value is impossible, or a file cannot be read.
         """
+        with _telling(tell):
+            layers = [_read_layer(source, raw) for source, raw in _sources(extra, environ)]
         values: dict[str, Any] = {}
-        for source, raw in _sources(extra, environ):
-            layer = _read_layer(source, raw)
+        for layer in layers:
             if layer.keys() & {"cpu_bytes", "cpu_ratio"}:
                 values.pop("cpu_bytes", None)
                 values.pop("cpu_ratio", None)
@@ -144,6 +147,17 @@ class ConnectorConfig:
         if not self.enable_cpu:
             return STAGING_BYTES if self.has_lower_tiers else 0
         return self.cpu_bytes if self.cpu_bytes is not None else int(gpu_bytes * (self.cpu_ratio or 0.0))
+
+
+@contextmanager
+def _telling(tell: bool) -> Iterator[None]:
+    level = _log.level
+    try:
+        if not tell:
+            _log.setLevel(logging.ERROR)
+        yield
+    finally:
+        _log.setLevel(level)
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:

@@ -93,12 +93,13 @@ class WarmrouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        config = ConnectorConfig.resolve(_settings_of(vllm_config), os.environ)
+        is_scheduler = role is KVConnectorRole.SCHEDULER
+        config = ConnectorConfig.resolve(_settings_of(vllm_config), os.environ, tell=is_scheduler)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._failed_blocks: set[int] = set()
         self._is_introduced = False
-        if role is KVConnectorRole.SCHEDULER:
+        if is_scheduler:
             require_connector(config, vllm_config)
             if transfer.kv_connector != OWN_NAME:
                 _log.info("kv_connector: %s is read as %s", transfer.kv_connector, OWN_NAME)

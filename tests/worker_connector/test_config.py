@@ -267,6 +267,16 @@ def test_each_alias_is_logged_once_with_the_native_spelling(caplog: pytest.LogCa
     ]
 
 
+def test_processes_that_are_not_to_tell_say_nothing_and_others_still_do(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        quiet = ConnectorConfig.resolve({"max_local_cpu_size": 5}, {"LMCACHE_STRANGE": "1"}, tell=False)
+        with pytest.raises(ConfigurationError):
+            ConnectorConfig.resolve({"strange": 5}, {}, tell=False)
+        assert not caplog.messages
+        assert resolve({"max_local_cpu_size": 5}, LMCACHE_STRANGE="1") == quiet
+    assert len(caplog.messages) == 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("- a list", "must hold a mapping"), ("a: [", "which is no YAML"), ("chunk_sise: 1", "did you mean 'chunk_size'")],
