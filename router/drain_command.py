@@ -14,6 +14,7 @@ import httpx
 
 from kv_protocol.errors import MalformedFrame, ProtocolError
 from kv_protocol.messages import Bye, FrameDecoder, Heartbeat, Open
+from router.discovery.registration import TROUBLE
 from router.handover import Handover, hand_over
 from router.reports import connect
 
@@ -79,7 +80,7 @@ async def _tell(router: str, leave: Leave) -> bool:
         async with httpx.AsyncClient(timeout=CALL_S) as client:
             answer = await client.post(f"{router.rstrip('/')}/admin/workers/drain", json=body, headers=headers)
         why = "" if answer.is_success else f"it answered {answer.status_code}: {answer.text[:300]}"
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except TROUBLE as error:
         why = str(error) or type(error).__name__
     if why:
         _say(f"{router} could not be told to send nothing more: {why}")
@@ -102,7 +103,7 @@ async def _wake(leave: Leave) -> None:
             models = (await client.get("/v1/models")).json()["data"]
             model = next(card["id"] for card in models if not card.get("parent"))
             await client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (*TROUBLE, ValueError, KeyError, TypeError, StopIteration) as error:
         _say(f"the engine could not be asked for a token to wake it: {error or type(error).__name__}")
 
 

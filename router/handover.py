@@ -66,6 +66,10 @@ async def hand_over(
     except (OSError, ProtocolError) as error:
         said = str(error) or type(error).__name__
         outcome.result, outcome.why = ("late" if outcome.chunks else "impossible"), said
+    except (LookupError, TypeError, ValueError):  # another version's, say
+        _log.debug("the handover by %s:%d", *address, exc_info=True)
+        outcome.result = "late" if outcome.chunks else "impossible"
+        outcome.why = "its answer cannot be understood"
     outcome.seconds = loop.time() - began
     return outcome
 

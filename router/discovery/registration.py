@@ -18,7 +18,8 @@ RENEWALS = 3
 NOT_YET_S = 1.0
 """How long it waits where nothing could be renewed: while the engine loads its model, say."""
 
-_TROUBLE = (httpx.HTTPError, httpx.InvalidURL)
+TROUBLE = (httpx.HTTPError, httpx.InvalidURL, ExceptionGroup)
+"""What httpx raises where nobody answers, or the URL cannot be; a group of exceptions for a port that cannot."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Registration:
         try:
             status = (await client.get(f"{self._workers[0].url.partition('#')[0]}/health")).status_code
             why = "" if status == httpx.codes.OK else f"/health answered {status}"
-        except _TROUBLE as error:
+        except TROUBLE as error:
             why = str(error) or type(error).__name__
         self._say("the worker", f"is not well, its leases are not renewed: {why}" if why else "")
         return not why
@@ -69,7 +70,7 @@ class Registration:
         try:
             answer = await client.post(f"{gateway}/admin/workers", json=_body(worker, self._ttl), headers=self._headers)
             why = "" if answer.is_success else f"answered {answer.status_code}: {answer.text[:300]}"
-        except _TROUBLE as error:
+        except TROUBLE as error:
             why = str(error) or type(error).__name__
         self._say(gateway, f"did not take the registration: {why}" if why else "")
         return not why
@@ -78,7 +79,7 @@ class Registration:
         """A lease of no time: the gateway drains the worker, and no request is lost."""
         try:
             await client.post(f"{gateway}/admin/workers", json=_body(worker, 0.001), headers=self._headers)
-        except _TROUBLE as error:
+        except TROUBLE as error:
             _log.warning("%s could not be told that the worker leaves: %s", gateway, error)
 
     def _say(self, who: str, what: str) -> None:

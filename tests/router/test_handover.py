@@ -10,7 +10,7 @@ import pytest
 
 from kv_protocol.identity import Identity
 from kv_protocol.messages import Call, Hello, Reply, TierInfo
-from router import drain_command
+from router import drain_command, handover
 from router.drain_command import Leave
 from router.handover import hand_over
 from tests.support.simulated_worker import SimulatedWorker, run, running_gateway, until
@@ -145,6 +145,22 @@ class Flushing:
         return Reply(call.id, {"tiers": {"remote": {"unwritten": self.lacking}}, "queued": int(not woken)})
 
 
+@pytest.mark.parametrize("answer", [{}, [], {"chunks": 3, "tier": "remote"}, {"chunks": "many", "tier": "remote"}])
+def test_an_answer_that_cannot_be_understood_ends_the_handover_and_nothing_else(
+    answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def call(*_: object) -> Any:
+        return answer
+
+    async def wake() -> None:
+        pass
+
+    monkeypatch.setattr(handover, "call", call)
+    outcome = asyncio.run(hand_over(("127.0.0.1", 1), wake, seconds=5))
+    assert outcome.result in ("impossible", "late")
+    assert "its answer cannot be understood" in str(outcome)
+
+
 def test_a_router_has_drained_workers_hand_over() -> None:
     async def scenario() -> None:
         worker, other = await SimulatedWorker().start(), await SimulatedWorker().start()
@@ -194,6 +210,13 @@ def test_the_hook_tells_routers_hands_over_and_waits_for_requests(capsys: pytest
     assert "5 of 5 chunks handed to the remote tier" in said
     assert "could not be told to send nothing more: it answered 404" in said
     assert "no report port is named" in said
+
+
+@pytest.mark.parametrize("router", ["http://127.0.0.1:99999", "http://[::1", "router:8080"])
+def test_a_router_that_cannot_be_ends_no_hook(router: str, capsys: pytest.CaptureFixture[str]) -> None:
+    leave = Leave(router, None, "a", routers=[router], seconds=2, settle=0.0)
+    assert asyncio.run(drain_command.drain(leave)) == 1
+    assert f"{router} could not be told to send nothing more" in capsys.readouterr().err
 
 
 def test_the_hook_does_not_wait_beyond_its_deadline(capsys: pytest.CaptureFixture[str]) -> None:

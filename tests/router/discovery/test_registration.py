@@ -42,7 +42,7 @@ def test_simulated_a_worker_that_is_not_well_is_not_registered() -> None:
         worker.status = 503
         async with running_gateway() as gateway, httpx.AsyncClient() as client:
             url = f"http://127.0.0.1:{gateway.port}"
-            gateways = [url, "http://127.0.0.1:9", "http://[::1", "http://a:99999", "gateway:8080"]
+            gateways = [url, "http://127.0.0.1:9", "http://[::1", "http://127.0.0.1:99999", "gateway:8080"]
             registration = Registration([WorkerSpec.parse(worker.spec("self"))], gateways, ttl=5)
             assert await registration.renew(client) == 0
             worker.status = 200
