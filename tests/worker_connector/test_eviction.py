@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker_connector.eviction import (
@@ -589,6 +589,7 @@ def test_priorities_against_a_plain_queue(calls: list[tuple[str, int, int]]) -> 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @given(moves=st.lists(st.tuples(st.sampled_from(["add", "touch", "hold", "release", "discard"]), st.integers(0, 12))))
+@example(moves=[("hold", 1), ("add", 1), ("hold", 1), ("add", 0)])
 @settings(max_examples=60, deadline=None)
 def test_order_names_every_chunk_once_and_the_victim_early(name: str, moves: list[tuple[str, int]]) -> None:
     for policy in (POLICIES[name](), Prioritised(POLICIES[name]), Expiring(POLICIES[name]())):

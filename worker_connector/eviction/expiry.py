@@ -89,7 +89,7 @@ class Expiring:
         if chunk not in self._held:
             self._held[chunk] = self._expiry.at(chunk)
             self._expiry.discard(chunk)
-            self._policy.hold(chunk)
+        self._policy.hold(chunk)
 
     def release(self, chunk: bytes) -> None:
         if chunk in self._held:
