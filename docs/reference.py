@@ -40,6 +40,9 @@ _CONNECTOR = {
     "enable_disk": "Disk tier",
     "enable_remote": "Remote tier",
     "write_policy": "What goes down, and how long it stays",
+    "enable_vision_cache": "Vision cache",
+    "conversation_mode": "Conversations",
+    "lower_tier_patience": "Patience with lower tiers",
     "model_name": "Identity",
     "report_host": "Reports",
 }
