@@ -230,6 +230,8 @@ class PodWatch:
                 await self._follow()
             except ApiTrouble as error:
                 self._failed(str(error), error.status)
+            except TimeoutError:
+                self._failed(f"the API did not answer within {self._timeout:g} s")
             except Exception as error:  # noqa: BLE001 - whatever an API server sends, it must not end the watch
                 if not _is_foreseen(error):
                     _log.debug("watching %s", self.spec.title, exc_info=True)
@@ -335,7 +337,7 @@ class PodWatch:
 
 
 def _is_foreseen(error: Exception) -> bool:
-    return isinstance(error, (OSError, TimeoutError, *UNDECODABLE)) or type(error).__module__.startswith("httpx")
+    return isinstance(error, (OSError, *UNDECODABLE)) or type(error).__module__.startswith("httpx")
 
 
 @asynccontextmanager

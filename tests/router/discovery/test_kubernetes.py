@@ -362,6 +362,22 @@ def test_what_no_server_should_send_does_not_end_the_watch(play: Play) -> None:
     play(scenario)
 
 
+def test_an_api_that_takes_connections_and_says_nothing_is_named(play: Play, tmp_path: Path) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async def scenario(server: FakeKubernetes) -> None:
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as listener:
+            real, server.port = server.port, listener.sockets[0].getsockname()[1]
+            server.kubeconfig(tmp_path / "config")
+            async with watched(timeout=0.2) as (watch, _):
+                assert watch.error == "the API did not answer within 0.2 s"
+            server.port = real
+
+    play(scenario)
+
+
 def test_what_could_not_be_made_of_the_pods_is_made_of_the_next_list(play: Play) -> None:
     async def scenario(server: FakeKubernetes) -> None:
         server.add("a")
