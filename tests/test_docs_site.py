@@ -225,3 +225,15 @@ def test_what_migrating_says_is_here_is_here(reference: ModuleType) -> None:
 def test_variables_that_migrating_names_are_read(name: str) -> None:
     known = {*SETTINGS, *ALIASES, *ABSENT, *UNNEEDED, "config_file"}
     assert name.removeprefix("LMCACHE_").lower() in known
+
+
+def test_commands_that_pages_name_are_there(reference: ModuleType) -> None:
+    commands = set(reference._commands())
+    groups = {name.split()[0] for name in commands}
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        code = " ".join(re.findall(r"^```.*?^```|`[^`\n]+`", read(page), flags=re.MULTILINE | re.DOTALL))
+        called = re.findall(r"(?:^|[`$&]\s*|-- )warmroute ([a-z]+)(?: ([a-z]+))?", code, flags=re.MULTILINE)
+        unknown = [name for name, _ in called if name not in groups]
+        unknown += [f"{name} {sub}" for name, sub in called if sub and name in {"cache", "keys"}
+                    and f"{name} {sub}" not in commands]  # fmt: skip
+        assert not unknown, page.name
