@@ -297,15 +297,14 @@ def _is_known(name: str) -> bool:
 def _read_layer(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
-    flat = dict(_flatten(source, raw))
-    for name, value in flat.items():
+    for name, value in _flatten(source, raw):
         if value is None:
             continue
         if name in UNNEEDED:
             _log.info("%s: %s is not needed: %s", source, name, UNNEEDED[name])
             continue
         if name in ABSENT:
-            _refuse_absent(source, name, value, flat)
+            _refuse_absent(source, name, value)
             continue
         for native, parsed in _parse(source, name, value).items():
             if native in values and values[native] != parsed:
@@ -368,7 +367,7 @@ def _parse(source: str, name: str, value: Any) -> dict[str, Any]:
     return parsed
 
 
-def _refuse_absent(source: str, name: str, value: Any, layer: Mapping[str, Any]) -> None:
+def _refuse_absent(source: str, name: str, value: Any) -> None:
     absent = ABSENT[name]
-    if asks(absent, value, layer):
+    if asks(absent, value):
         raise ConfigurationError(f"{source}: {name} is {value!r}, but {absent.reason}")

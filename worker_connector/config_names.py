@@ -1,6 +1,6 @@
 """Names of settings that other systems' users bring along, and what each means here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from worker_connector.config_values import boolean, gibibytes, number
@@ -131,12 +131,10 @@ SECTIONS: dict[str, dict[str, str]] = {
 
 
 class Absent(NamedTuple):
-    """A known name for something this build does not have. ``harmless`` are the values that ask for nothing;
-    with the switch named by ``unless`` set to false the name asks for nothing either."""
+    """A known name for something this build does not have. ``harmless`` are the values that ask for nothing."""
 
     reason: str
     harmless: tuple[Any, ...] = (False, 0, "", "none", "null")
-    unless: str = ""
 
 
 ABSENT: dict[str, Absent] = {
@@ -173,10 +171,8 @@ UNNEEDED: dict[str, str] = {
 """Known name of what needs no setting here, whatever its value -> why not."""
 
 
-def asks(absent: Absent, value: Any, layer: Mapping[str, Any]) -> bool:
-    """Whether a value of an absent name asks for something, given the other names of its source."""
-    if absent.unless and not _is_on(layer.get(absent.unless), default=absent.unless != "local_disk"):
-        return False
+def asks(absent: Absent, value: Any) -> bool:
+    """Whether a value of an absent name asks for something."""
     return not _is_harmless(value, absent.harmless)
 
 
@@ -193,9 +189,3 @@ def _plain(value: Any) -> Any:
     if str(value).lower() in ("no", "off", "yes", "on"):
         return boolean(value)
     return value
-
-
-def _is_on(value: Any, *, default: bool) -> bool:
-    if value is None:
-        return default
-    return not _is_harmless(value, (False, 0, "", "none", "null"))

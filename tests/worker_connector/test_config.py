@@ -205,6 +205,11 @@ def test_budget(extra: dict[str, Any], budget: int) -> None:
         ),
         ({"local_device": "cuda"}, "local_device is 'cuda', but available here: cpu"),
         ({"cpu_bytes": "1G", "cpu_ratio": 0.3}, "cpu_bytes and cpu_ratio both size the CPU tier: keep one of them"),
+        (
+            {"chunk_size": 64, "lmcache.chunk_size": 128},
+            "chunk_size and chunk_size both set chunk_size: keep one of them",
+        ),
+        ({"max_local_cpu_size": 1, "local_cpu": {"buffer_size_gb": 2}}, "both set cpu_bytes: keep one of them"),
         ({"cpu_bytes": "1G", "max_local_cpu_size": 2}, "cpu_bytes and max_local_cpu_size both set cpu_bytes"),
     ],
     ids=str,
