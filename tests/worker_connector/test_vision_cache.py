@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build)")
 
-from tests.worker_connector.vision_engine import CPU, WIDTH, Engine, PlainSlab, digest, request_of
+from tests.worker_connector.simulated_vision import CPU, WIDTH, Engine, PlainSlab, digest, request_of
 from worker_connector import vision_cache_resets
 from worker_connector.config import ConnectorConfig
 from worker_connector.errors import ConfigurationError, MissingOutput

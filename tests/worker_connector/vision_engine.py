@@ -1,148 +1,154 @@
-"""A stand-in for what vLLM does with an encoder cache connector: its encoder cache manager is the real one, ranks and model
-are not. What a request finds in a rank's encoder cache is compared with what the encoder makes."""
+"""What test_vision_cache_engine.py looks at: a real engine with the vision cache, or without.
 
-import hashlib
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+``python -m tests.worker_connector.vision_engine MODEL [plain]`` prints one line of JSON with what happened; ``plain`` is the
+engine without connectors. The engine runs inside this process, so that the encoder's runs can be counted and its host memory
+be damaged.
+"""
+
+import json
+import os
+import sys
 from typing import Any
 
-import torch
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
 
-from worker_connector.slab import Slab
-from worker_connector.vision_cache_plan import VisionReport
-from worker_connector.vision_cache_scheduler import VisionScheduler
-from worker_connector.vision_cache_worker import VisionRank
+import numpy as np
+from PIL import Image
+from prometheus_client import REGISTRY
+from vllm import LLM, SamplingParams
+from vllm.config import ECTransferConfig, KVTransferConfig
+from vllm.distributed.ec_transfer import get_ec_transfer
 
-CPU = torch.device("cpu")
-WIDTH = 64
+from worker_connector import get_cache_stats
 
-
-class PlainSlab(Slab):
-    """Memory without the native library."""
-
-    def __init__(self, slots: int, slot_bytes: int, **_: Any) -> None:
-        self.bytes = torch.zeros(slots * slot_bytes, dtype=torch.uint8)
-
-
-def digest(item: int) -> str:
-    """What vLLM calls an item after its content."""
-    return hashlib.sha256(str(item).encode()).hexdigest()
-
-
-def output_of(item: int, weights: int = 0) -> torch.Tensor:
-    """What the encoder makes of an item; sizes differ."""
-    return torch.arange((item % 5 + 1) * WIDTH, dtype=torch.float32).view(-1, WIDTH) + item * 1000 + weights
-
-
-def request_of(name: str, *items: int, embeds: int | None = None) -> Any:
-    features, offset = [], 0
-    for item in items:
-        length = embeds or item % 5 + 1
-        position = SimpleNamespace(offset=offset, length=length, get_num_embeds=lambda length=length: length)
-        features.append(SimpleNamespace(identifier=digest(item), modality="image", mm_position=position, item=item))
-        offset += length
-    return SimpleNamespace(
-        request_id=name,
-        mm_features=features,
-        get_num_encoder_embeds=lambda index: features[index].mm_position.get_num_embeds(),
-    )
+OUTPUT_BYTES = 16 * 128 * 4
+"""Of one image: 16 embeddings of 128 float32."""
+ROOM = 8
+IMAGES = 12
+SAMPLING = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+LONG = "where is it? " * 40
+"""Computed in several steps."""
+KV = {"report_port": 0, "cpu_bytes": 64 << 20, "enable_vision_cache": True, "vision_cache_bytes": ROOM * OUTPUT_BYTES}
 
 
-@dataclass
-class Rank:
-    """One rank with its encoder cache. ``fails`` makes saves fail, ``late`` keeps its reports back."""
+class Bench:
+    """An engine whose own encoder cache has room for four images, and whose steps are of 64 tokens."""
 
-    half: VisionRank
-    cache: dict[str, torch.Tensor] = field(default_factory=dict)
-    fails: bool = False
-    reports: list[VisionReport] = field(default_factory=list)
-
-
-class Engine:
-    """Steps of an engine with ``ranks`` ranks and ``slots`` embeddings of room in vLLM's own encoder cache."""
-
-    def __init__(self, scheduler: VisionScheduler, *, size: int, ranks: int = 1, slots: int = 12) -> None:
-        from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
-
-        self.scheduler = scheduler
-        self.manager = EncoderCacheManager(slots)
-        self.ranks = [Rank(VisionRank(size, CPU, PlainSlab)) for _ in range(ranks)]
-        self.weights = 0
-        self.encoded = 0
-
-    def step(self, *requests: Any, tokens: bool = True, preempted: frozenset[str] = frozenset()) -> None:
-        """Schedule these requests whole, run the ranks and end the requests. Of ``preempted`` ones the encoder is not run,
-        unless a load was planned for them."""
-        encode: dict[str, list[int]] = {}
-        for request in requests:
-            self.scheduler.expect(request, 0)
-            self._schedule(request, encode, is_preempted=request.request_id in preempted)
-        output = SimpleNamespace(
-            total_num_scheduled_tokens=int(tokens),
-            scheduled_encoder_inputs=encode,
-            free_encoder_mm_hashes=self.manager.get_freed_mm_hashes(),
+    def __init__(self, model: str, **options: Any) -> None:
+        self.llm = LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            block_size=32,
+            max_model_len=512,
+            max_num_batched_tokens=64,
+            max_num_seqs=4,
+            mm_processor_cache_gb=0,
+            seed=0,
+            **options,
         )
-        plan = self.scheduler.plan(output)
-        for rank in self.ranks:
-            self._run(rank, plan, output, requests, preempted)
-        for request in requests:
-            self.manager.free(request)
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.encoded = 0
+        self._count_encoder_runs()
 
-    def absorb(self) -> None:
-        """Hand over what the ranks reported so far."""
-        whole = VisionReport()
-        for rank in self.ranks:
-            for report in rank.reports:
-                whole.merge(report)
-            rank.reports.clear()
-        if whole:
-            self.scheduler.absorb(whole)
+    def ask(self, image: int, text: str = "what is it?") -> list[int]:
+        """The answer's tokens; the engine's prefix cache is emptied before, so that the image is looked at."""
+        self.llm.reset_prefix_cache()
+        prompt: Any = {"prompt": text, "multi_modal_data": {"image": picture(image)}}
+        return list(self.llm.generate(prompt, SAMPLING, use_tqdm=False)[0].outputs[0].token_ids)
 
-    def reset(self) -> None:
-        """Other weights: vLLM's encoder cache is emptied on both sides."""
-        self.weights += 1
-        self.manager.reset()
-        self.scheduler.reset(also_loads=True)
-        for rank in self.ranks:
-            rank.cache.clear()
+    def _count_encoder_runs(self) -> None:
+        model = self.core.model_executor.driver_worker.worker.model_runner.get_model()
+        encode = model.embed_multimodal
 
-    def _schedule(self, request: Any, encode: dict[str, list[int]], *, is_preempted: bool) -> None:
-        for index, feature in enumerate(request.mm_features):
-            if self.manager.check_and_update_cache(request, index):
-                continue
-            if not self.manager.can_allocate(request, index, 1 << 30, 0):
-                continue
-            is_load = self.scheduler.has(feature.identifier)
-            self.manager.allocate(request, index)
-            self.scheduler.allocated(request, index)
-            if not is_load and not is_preempted:
-                encode.setdefault(request.request_id, []).append(index)
+        def counted(**inputs: Any) -> Any:
+            outputs = encode(**inputs)
+            self.encoded += len(outputs)
+            return outputs
 
-    def _run(self, rank: Rank, plan: Any, output: Any, requests: Any, preempted: frozenset[str]) -> None:
-        for identifier in output.free_encoder_mm_hashes:
-            rank.cache.pop(identifier, None)
-        if not output.total_num_scheduled_tokens:
-            return
-        rank.half.begin(plan, rank.cache)
-        for request in requests:
-            for index in output.scheduled_encoder_inputs.get(request.request_id, ()):
-                self._encode(rank, request.mm_features[index])
-        for request in requests:
-            if request.request_id not in preempted:
-                self._look(rank, request)
-        if (report := rank.half.take_report()) is not None:
-            rank.reports.append(report)
+        model.embed_multimodal = counted
 
-    def _encode(self, rank: Rank, feature: Any) -> None:
-        self.encoded += 1
-        rank.cache[feature.identifier] = output_of(feature.item, self.weights)
-        if rank.fails:
-            rank.half.save({}, feature.identifier)
-        else:
-            rank.half.save(rank.cache, feature.identifier)
 
-    def _look(self, rank: Rank, request: Any) -> None:
-        for index in self.manager.get_cached_input_ids(request):
-            feature = request.mm_features[index]
-            if feature.identifier in rank.cache or self.manager.cached.get(feature.identifier):
-                assert torch.equal(rank.cache[feature.identifier], output_of(feature.item, self.weights))
+def picture(number: int) -> Any:
+    pixels = np.random.default_rng(number).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def look(bench: Bench) -> dict[str, Any]:
+    found: dict[str, Any] = {"cold": [bench.ask(image) for image in range(IMAGES)]}
+    found["encoded_cold"] = bench.encoded
+    found["after_cold"] = vision()
+    # The last four are still in vLLM's own cache, the four before in this one, and no more.
+    found["warm"] = [bench.ask(image) for image in (7, 6, 5, 4)]
+    found["encoded_warm"] = bench.encoded - found["encoded_cold"]
+    found["after_warm"] = vision()
+    found["other_text"] = bench.ask(11, "where?")
+    found["long_text"] = [bench.ask(image, LONG) for image in (11, 10)]
+    found["after_texts"] = vision()
+    return found
+
+
+def reset(bench: Bench) -> dict[str, Any]:
+    """Both ways to say that the weights are others."""
+    found: dict[str, Any] = {}
+    bench.llm.reset_prefix_cache(reset_connector=True)
+    found["after_kv_reset"] = vision()["entries"]
+    for image in (0, 1):
+        bench.ask(image)
+    found["kept_again"] = vision()["entries"]
+    bench.core.reset_encoder_cache()
+    found["after_encoder_reset"] = vision()["entries"]
+    before = bench.encoded
+    found["again"] = bench.ask(0)
+    found["encoded_again"] = bench.encoded - before
+    return found
+
+
+def damage(bench: Bench) -> dict[str, Any]:
+    """Whether the answers would tell if wrong bytes were loaded."""
+    for image in (0, 1, 2, 3, 4):
+        bench.ask(image)
+    get_ec_transfer()._rank._slab.bytes.zero_()  # type: ignore[attr-defined]
+    return {"damaged": bench.ask(0)}
+
+
+def vision() -> dict[str, int]:
+    figures: dict[str, int] = get_cache_stats()["vision"]
+    return figures
+
+
+def shown() -> dict[str, float]:
+    """What the engine's /metrics shows of the vision cache."""
+    samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
+    return {sample.name: sample.value for sample in samples if sample.name.startswith("warmroute_vision")}
+
+
+def plain(model: str) -> None:
+    """The answers of an engine without connectors."""
+    bench = Bench(model)
+    found = {"cold": [bench.ask(image) for image in range(IMAGES)], "other_text": bench.ask(11, "where?")}
+    found["long_text"] = [bench.ask(image, LONG) for image in (11, 10)]
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+def main(model: str) -> None:
+    kv = KVTransferConfig(kv_connector="WarmrouteConnector", kv_role="kv_both", kv_connector_extra_config=KV)
+    ec = ECTransferConfig(ec_connector="WarmrouteECConnector", ec_role="ec_both")
+    bench = Bench(model, kv_transfer_config=kv, ec_transfer_config=ec, disable_log_stats=False)
+    found = look(bench)
+    found["metrics"] = shown()
+    found |= reset(bench)
+    found |= damage(bench)
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    (plain if sys.argv[2:] == ["plain"] else main)(sys.argv[1])
