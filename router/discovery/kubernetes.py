@@ -233,10 +233,12 @@ class PodWatch:
             except TimeoutError:
                 self._failed(f"the API did not answer within {self._timeout:g} s")
             except Exception as error:  # noqa: BLE001 - whatever an API server sends, it must not end the watch
-                if not _is_foreseen(error):
+                foreseen = _is_foreseen(error)
+                if not foreseen:
                     _log.debug("watching %s", self.spec.title, exc_info=True)
                     self._version, self._cause = "", "failed"  # what it was about may have been lost
-                self._failed(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+                why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                self._failed(why, 0 if foreseen else 200)
             self.looked_up.set()
             await asyncio.sleep(self._pause())
 

@@ -160,7 +160,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
         assert pods is not None
         async with fake_kubernetes() as api:
             patch.setenv("KUBECONFIG", str(api.kubeconfig(folder / "config")))
-            task = asyncio.create_task(PodWatch(pods, lambda _: None, watch_seconds=5, timeout=5).run())
+            task = asyncio.create_task(PodWatch(pods, lambda *_: None, watch_seconds=5, timeout=5).run())
             async with asyncio.timeout(20):
                 while not api.watching:  # noqa: ASYNC110 - the server tells nobody
                     await asyncio.sleep(0.05)
