@@ -4,6 +4,7 @@ vLLM tells its encoder cache manager and its KV connector, and nobody else. Both
 manager is watched, and the KV connector passes on what it hears.
 """
 
+import copy
 import weakref
 from typing import Any
 
@@ -22,6 +23,10 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._given, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, which belong to nobody's scheduler, are what was given."""
+        return copy.copy, (self._given,)
 
     def get_encoder_cache_manager_obj(self) -> type:
         """The class of managers to be made."""

@@ -1,6 +1,8 @@
 """Both halves together: what is loaded is there, and is what the encoder made."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -313,6 +315,8 @@ def test_resets_of_the_engine_reach_its_cache_and_no_other() -> None:
     assert seen == [(0, True), (1, False)]
     assert vision_cache_resets.totals(configs[1])["vision_capacity_bytes"] == {"": 4096}
     assert configs[0].ec_manager_config.encoder_cache_manager_cls is None
+    for copied in (copy.deepcopy(configs[0]), pickle.loads(pickle.dumps(configs[0]))):
+        assert type(copied.ec_manager_config) is EncoderCacheManagerConfig
 
 
 def test_an_older_vllm_that_has_no_choice_of_manager_is_told() -> None:

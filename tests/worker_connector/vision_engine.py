@@ -40,7 +40,7 @@ KV = {"report_port": 0, "cpu_bytes": 64 << 20, "enable_vision_cache": True, "vis
 
 
 class Bench:
-    """An engine whose own encoder cache has room for four images, and whose steps are of 64 tokens."""
+    """An engine whose own encoder cache has room for four images, and whose steps divide an image."""
 
     def __init__(self, model: str, **options: Any) -> None:
         self.llm = LLM(
@@ -50,6 +50,7 @@ class Bench:
             block_size=32,
             max_model_len=512,
             max_num_batched_tokens=64,
+            long_prefill_token_threshold=10,
             max_num_seqs=4,
             mm_processor_cache_gb=0,
             seed=0,
