@@ -100,7 +100,8 @@ def get_cache_stats(url: str | None = None, *, token: str = "", timeout: float =
         ``hit_rate`` (share of prompt tokens reused), ``avg_ttft_reduction`` (mean seconds saved per request with a hit),
         ``requests``, ``requests_with_hit``, ``prompt_tokens``, ``hit_tokens``, ``report`` (readers), ``tiers`` (by name:
         hit tokens; chunks, bytes and seconds loaded and saved; evictions; failed and skipped loads; chunks held and
-        fitting) and ``engines`` (how many were asked).
+        fitting), ``vision`` (of engines with a vision cache: ``VISION_FIGURES`` without their prefix) and ``engines`` (how
+        many were asked).
 
     Raises:
         StatsUnavailable: no engine was found, or one did not answer; the text says why.
