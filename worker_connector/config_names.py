@@ -140,7 +140,9 @@ class Absent(NamedTuple):
 ABSENT: dict[str, Absent] = {
     "retrieval_mode": Absent("available here: exact", ("exact", "")),
     "save_decode_cache": Absent("generated tokens are always saved: leave it true", (True, 1, "")),
-    "save_unfull_chunk": Absent("only whole chunks are kept: leave it false"),
+    "save_unfull_chunk": Absent(
+        "whole chunks and the last whole blocks of prompts are kept: leave it false, and set conversation_mode for those of answers"
+    ),
     "enable_blending": Absent("caches are exact, never blended: leave it false"),
     "enable_p2p": Absent("engines exchange chunks through a shared store: set remote_url"),
     "nixl_backends": Absent(
@@ -149,7 +151,10 @@ ABSENT: dict[str, Absent] = {
         '{"backends": ["UCX"]}} before this one, and set VLLM_KV_CACHE_LAYOUT=LBHNC'
     ),
     "force_skip_save": Absent('an engine that saves nothing has "kv_role": "kv_consumer"'),
-    "discard_partial_chunks": Absent("only whole chunks are kept: leave it true", (True, 1, "")),
+    "discard_partial_chunks": Absent(
+        "less than a block is never kept: leave it true, and set conversation_mode for the ends of answers",
+        (True, 1, ""),
+    ),
     "numa_mode": Absent("the node is found out, or named by numa_node", ("auto", "null", "none", "")),
 }
 
