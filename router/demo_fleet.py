@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,9 @@ ENGINE_ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache, with which the demo empties the GPU tier
     "HF_HUB_OFFLINE": "1",
 }
+
+LONGEST_SOCKET_FOLDER = 70
+"""A socket's path has 107 bytes at most (unix(7)), of which vLLM's own name takes 37."""
 
 
 _WATCHDOG = """
@@ -249,8 +253,16 @@ def _start_engine(name: str, model: Path, workspace: Path, port: int, reports: i
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
     command += [*ENGINE_FLAGS, "--port", str(port), "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(connector)]
-    environment = {**ENGINE_ENVIRONMENT, "PYTHONPATH": cpu_build_metadata(workspace / "metadata")}
+    metadata = cpu_build_metadata(workspace / "metadata")
+    environment = {**ENGINE_ENVIRONMENT, **socket_folder(), "PYTHONPATH": metadata}
     return _start(name, f"http://127.0.0.1:{port}", command, workspace, environment)
+
+
+def socket_folder() -> dict[str, str]:
+    """Where an engine has its sockets, if the folder for temporary files has too long a name for them."""
+    if "VLLM_RPC_BASE_PATH" in os.environ or len(os.fsencode(tempfile.gettempdir())) <= LONGEST_SOCKET_FOLDER:
+        return {}
+    return {"VLLM_RPC_BASE_PATH": "/tmp"}  # noqa: S108 - vLLM draws a random name
 
 
 def _start_gateway(workspace: Path, port: int, flags: Sequence[str]) -> Child:

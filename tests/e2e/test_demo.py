@@ -6,12 +6,22 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from router.demo_fleet import socket_folder
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("length", [20, 70, 71, 200])
+def test_engines_find_a_place_for_their_sockets(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "a" * (length - 1))
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    assert socket_folder() == ({} if length <= 70 else {"VLLM_RPC_BASE_PATH": "/tmp"})
 
 
 def start_demo(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
