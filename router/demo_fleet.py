@@ -36,6 +36,8 @@ ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+PYTHON = (sys.executable, "-P", "-m")
+"""What is installed, not what lies in the folder where the command was given: a checkout has no native library."""
 LONGEST_SOCKET_FOLDER = 70
 """A socket's path has 107 bytes at most (unix(7)), of which vLLM's own name takes 37."""
 
@@ -250,7 +252,7 @@ def _start_engine(name: str, model: Path, workspace: Path, port: int, reports: i
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"cpu_bytes": 1 << 30, "report_port": reports},
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
+    command = [*PYTHON, "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "demo"]
     command += [*ENGINE_FLAGS, "--port", str(port), "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(connector)]
     metadata = cpu_build_metadata(workspace / "metadata")
@@ -266,7 +268,7 @@ def socket_folder() -> dict[str, str]:
 
 
 def _start_gateway(workspace: Path, port: int, flags: Sequence[str]) -> Child:
-    command = [sys.executable, "-m", "router.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *flags]
+    command = [*PYTHON, "router.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *flags]
     return _start("gateway", f"http://127.0.0.1:{port}", command, workspace, {})
 
 

@@ -29,7 +29,8 @@ OLDEST = (0, 29)
 """The first vLLM whose connector interface this package speaks."""
 
 DEFAULT_PORT = 8000
-_SERVER = ("-m", "vllm.entrypoints.cli.main", "serve")
+# With -P, what is installed runs, and not a checkout in the folder where the command was given, which has no library built.
+_SERVER = ("-P", "-m", "vllm.entrypoints.cli.main", "serve")
 _ANY = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 _OWN_FLAGS = ("--router", "--advertise", "--worker-name", "--ttl", "--token", "--set", "--print")
 _TYPO_RATIO = 0.8
@@ -223,7 +224,7 @@ def _registration(
     if key := flags.value("--api-key") or environ.get("VLLM_API_KEY"):
         secrets["VLLM_API_KEY"] = key
         spec += ",key=env:VLLM_API_KEY"
-    command = [sys.executable, "-m", "router.cli", "register", *routers, "--worker", spec, "--ttl", str(wish.ttl)]
+    command = [sys.executable, "-P", "-m", "router.cli", "register", *routers, "--worker", spec, "--ttl", str(wish.ttl)]
     return command, secrets
 
 

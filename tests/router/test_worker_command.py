@@ -11,8 +11,9 @@ import pytest
 
 from router import worker_command
 from router.config import WorkerSpec
+from router.demo_fleet import PYTHON
 from router.errors import ConfigError
-from router.worker_command import Launch, Wish, prepare
+from router.worker_command import _SERVER, Launch, Wish, prepare
 
 TOKEN = {"WARMROUTE_REPORT_TOKEN": "secret"}
 
@@ -42,9 +43,9 @@ def taken() -> Iterator[int]:
 def test_flags_reach_vllm_as_they_were_given() -> None:
     tokens = ("org/model", "-tp", "2", "--chat-template", "a b.jinja", "-cc.mode=3")
     command = launch(*tokens).command
-    assert command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    assert tuple(command[4:10]) == tokens
-    assert command[10] == "--enable-prompt-tokens-details"
+    assert command[:5] == [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+    assert tuple(command[5:11]) == tokens
+    assert command[11] == "--enable-prompt-tokens-details"
     assert "--enable-prompt-tokens-details" not in launch("m", "--no-enable-prompt-tokens-details").command
 
 
@@ -107,19 +108,19 @@ def test_a_worker_is_registered_as_routers_reach_it() -> None:
         "m", "--port", "9001", "-dp", "2", routers=["http://127.0.0.1:8080/"], name="w", token="t", ttl=9.0
     )
     command = launched.registration
-    assert command[1:5] == ["-m", "router.cli", "register", "http://127.0.0.1:8080"]
+    assert command[1:6] == ["-P", "-m", "router.cli", "register", "http://127.0.0.1:8080"]
     port = extra(launched)["report_port"]
-    assert command[6] == f"http://127.0.0.1:9001,reports=127.0.0.1:{port},name=w,dp=2"
-    assert [spec.rank for spec in WorkerSpec.all_of(command[6])] == [0, 1]
+    assert command[7] == f"http://127.0.0.1:9001,reports=127.0.0.1:{port},name=w,dp=2"
+    assert [spec.rank for spec in WorkerSpec.all_of(command[7])] == [0, 1]
     assert launched.secrets == {"WARMROUTE_ADMIN_TOKEN": "t"}
     assert "t" not in command
     assert "report_host" not in extra(launched)
-    assert command[7:] == ["--ttl", "9.0"]
+    assert command[8:] == ["--ttl", "9.0"]
 
 
 def test_a_worker_is_where_vllm_listens() -> None:
     def worker(*tokens: str) -> str:
-        return launch("m", *tokens, routers=["http://localhost:8080"]).registration[6].partition(",")[0]
+        return launch("m", *tokens, routers=["http://localhost:8080"]).registration[7].partition(",")[0]
 
     assert worker() == worker("--host", "0.0.0.0") == "http://127.0.0.1:8000"
     assert worker("--host", "127.0.0.1", "--ssl-keyfile", "k") == "https://127.0.0.1:8000"
@@ -130,11 +131,11 @@ def test_a_worker_for_other_machines_reports_beyond_its_own() -> None:
     routers = ["http://127.0.0.1:8080"]
     launched = launch("m", routers=routers, advertise="https://10.1.2.3:8443", environ=TOKEN)
     assert extra(launched)["report_host"] == "0.0.0.0"
-    assert launched.registration[5] == "--worker"
-    assert launched.registration[6].startswith("https://10.1.2.3:8443,reports=10.1.2.3:")
+    assert launched.registration[6] == "--worker"
+    assert launched.registration[7].startswith("https://10.1.2.3:8443,reports=10.1.2.3:")
     assert extra(launch("m", routers=routers, advertise="http://[fd00::1]:8000", environ=TOKEN))["report_host"] == "::"
     kept = launch("m", routers=routers, advertise="http://10.1.2.3:8000", environ=TOKEN, settings=["report_port=6001"])
-    assert kept.registration[6].endswith("reports=10.1.2.3:6001")
+    assert kept.registration[7].endswith("reports=10.1.2.3:6001")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_keys_of_the_engine_reach_the_router_without_standing_in_a_command() -> 
         launch("m", "--api-key", "sesame", routers=["http://127.0.0.1:1"]),
         launch("m", routers=["http://127.0.0.1:1"], environ={"VLLM_API_KEY": "sesame"}),
     ):
-        assert launched.registration[6].endswith(",key=env:VLLM_API_KEY")
+        assert launched.registration[7].endswith(",key=env:VLLM_API_KEY")
         assert launched.secrets == {"VLLM_API_KEY": "sesame"}
         assert "sesame" not in repr(launched.registration)
 
@@ -248,3 +249,14 @@ def test_what_vllm_needs_in_its_environment_yields_to_the_users(monkeypatch: pyt
     worker_command.run(launched, {})
     worker_command.run(launched, {"VLLM_KV_CACHE_LAYOUT": "BLHNC"})
     assert [each["VLLM_KV_CACHE_LAYOUT"] for each in environments] == ["LBHNC", "BLHNC"]
+
+
+def test_what_is_installed_runs_and_not_what_lies_in_the_folder(tmp_path: Path) -> None:
+    for name in ("router", "worker_connector", "vllm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('this is the folder')", encoding="utf-8")
+    for python in (PYTHON, (sys.executable, *_SERVER[:2])):
+        answer = subprocess.run(
+            [*python, "router.cli", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, answer.stderr
