@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from worker_connector.block_tables import NULL_BLOCK, Tables, is_fuller, missing_blocks
-from worker_connector.eviction import NORMAL
 from worker_connector.geometry import Group
 from worker_connector.ledger import CPU, Ledger, Slot
 from worker_connector.plan import Comparison, SaveJob, Span
@@ -38,19 +37,25 @@ class Blocks(Protocol):
         """End that use of each."""
 
 
-@dataclass(slots=True)
-class _Ended:
+class _Source(NamedTuple):
+    """What slots get of the request that fills them. Its chunks from position ``exact`` on, and the tail behind them, are not
+    exact; ``chunks`` are spared when room is made."""
+
+    tables: Tables
+    chunks: frozenset[bytes]
+    confined: bool
+    exact: int
+    priority: int
+
+
+class _Ended(NamedTuple):
     """A request that is over, whose last, unfinished chunk is still to be saved. ``blocks`` are held for that."""
 
+    source: _Source
     at: int
     tail: bytes
-    tables: Tables
     tokens: int
-    chunks: frozenset[bytes]
     blocks: list[int]
-    confined: bool
-    approximate: bool
-    priority: int
 
 
 @dataclass(slots=True)
@@ -127,19 +132,9 @@ class Saves:
         tail = state.name_tail(whole, tokens) if state.eligible else b""
         if not tail or self._ledger.holds(tail):
             return tail
-        ended = _Ended(
-            at=whole,
-            tail=tail,
-            tables=tables,
-            tokens=tokens,
-            chunks=frozenset(chunks),
-            blocks=self._blocks_of(whole, tokens, tables),
-            confined=state.adapter is not None,
-            approximate=whole >= self._exact_chunks(state, chunks),
-            priority=state.controls.priority,
-        )
-        self.blocks.hold(ended.blocks)
-        self._ended.append(ended)
+        held = [block for _, blocks in self._parts(whole, tables, tokens) for block in blocks if block != NULL_BLOCK]
+        self.blocks.hold(held)
+        self._ended.append(_Ended(self._source(state, tables, chunks), whole, tail, tokens, held))
         return tail
 
     def drop_ended(self) -> None:
@@ -209,71 +204,49 @@ class Saves:
             return
         if state.shadowed:
             self._check_chunks([at for at in full if at >= state.local // self._size], chunks, tables, save)
-        own, confined, exact = frozenset(chunks), state.adapter is not None, self._exact_chunks(state, chunks)
-        priority = state.controls.priority
-        saved = [
-            at
-            for at in wanted
-            if self._save_chunk(
-                save, at, chunks[at], tables, own, confined=confined, approximate=at >= exact, priority=priority
-            )
-        ]
+        source = self._source(state, tables, chunks)
+        saved = [at for at in wanted if self._save_chunk(save, source, at, chunks[at])]
         if saved and saved[0] >= TAIL_CHUNKS:
             # The first chunk behind what was there may make a tail superfluous.
             for superfluous in state.tails(saved[0], self.unit):
                 self._ledger.forget(superfluous)
-        tokens, spoilt = self._tail_tokens(state), len(chunks) >= exact
-        if tail and self._save_chunk(
-            save, len(chunks), tail, tables, own, tail_tokens=tokens, approximate=spoilt, priority=priority
-        ):
+        if tail and self._save_chunk(save, source, len(chunks), tail, self._tail_tokens(state)):
             saved.append(len(chunks))
         if saved:
             save.heads.append(chunks[: saved[0]])
+
+    def _source(self, state: RequestState, tables: Tables, chunks: Sequence[bytes]) -> _Source:
+        exact = self._exact_chunks(state, chunks)
+        return _Source(tables, frozenset(chunks), state.adapter is not None, exact, state.controls.priority)
 
     def _check_chunks(self, computed: list[int], chunks: Sequence[bytes], tables: Tables, save: _Save) -> None:
         """Compare chunks that were computed again with those that are held."""
         own, shadow = frozenset(chunks), self._shadow
         for at in computed if shadow is not None else ():
-            spans = self._spans(at, tables)
-            if spans is None or shadow is None or (check := shadow.begin(chunks[at], own)) is None:
+            parts = self._parts(at, tables)
+            if any(len(blocks) < group.blocks_per_chunk or NULL_BLOCK in blocks for group, blocks in parts):
+                continue
+            if shadow is None or (check := shadow.begin(chunks[at], own)) is None:
                 continue
             save.checks.append(check)
             save.job.compare.append(Comparison(check.held.index, check.again.index))
-            for group, blocks in spans:
+            for group, blocks in parts:
                 save.blocks += blocks
-                save.job.spans.append(Span(check.again.index, group, 0, blocks))
+                save.job.spans.append(Span(check.again.index, group.index, 0, blocks))
 
-    def _spans(self, at: int, tables: Tables) -> list[tuple[int, list[int]]] | None:
-        """The blocks of a chunk by group; None if the request does not have all of them."""
+    def _parts(self, at: int, tables: Tables, tokens: int = 0) -> list[tuple[Group, list[int]]]:
+        """The blocks that a request has of a chunk, or of so many of its first tokens, by group."""
         found = []
         for group in self._groups:
-            blocks = list(tables[group.index][at * group.blocks_per_chunk :][: group.blocks_per_chunk])
-            if len(blocks) < group.blocks_per_chunk or NULL_BLOCK in blocks:
-                return None
-            found.append((group.index, blocks))
+            first = at * group.blocks_per_chunk
+            end = first + (tokens or self._size) // group.block_size
+            found.append((group, list(tables[group.index][first:end])))
         return found
 
     def _save_ended(self, ended: _Ended, save: _Save) -> None:
-        self._save_chunk(
-            save,
-            ended.at,
-            ended.tail,
-            ended.tables,
-            ended.chunks,
-            tail_tokens=ended.tokens,
-            confined=ended.confined,
-            approximate=ended.approximate,
-            priority=ended.priority,
-        )
+        self._save_chunk(save, ended.source, ended.at, ended.tail, ended.tokens)
         # From now on the blocks are known to be read by a save, which is settled before they get another owner.
         self._let_go(ended.blocks)
-
-    def _blocks_of(self, at: int, tokens: int, tables: Tables) -> list[int]:
-        """The blocks of the first tokens of a chunk."""
-        spans = [
-            tables[group.index][at * group.blocks_per_chunk :][: tokens // group.block_size] for group in self._groups
-        ]
-        return [block for span in spans for block in span if block != NULL_BLOCK]
 
     def _let_go(self, blocks: Sequence[int]) -> None:
         if self.blocks is not None and blocks:
@@ -313,41 +286,27 @@ class Saves:
         slot = self._ledger.lookup(chunk)
         return any(slot.missing) if slot is not None else not self._ledger.holds(chunk)
 
-    def _save_chunk(
-        self,
-        save: _Save,
-        at: int,
-        chunk: bytes,
-        tables: Tables,
-        own: frozenset[bytes],
-        *,
-        tail_tokens: int = 0,
-        confined: bool = False,
-        approximate: bool = False,
-        priority: int = NORMAL,
-    ) -> bool:
-        parts = []
-        for group in self._groups:
-            base = at * group.blocks_per_chunk
-            count = tail_tokens // group.block_size if tail_tokens else group.blocks_per_chunk
-            blocks = list(tables[group.index][base : base + count])
+    def _save_chunk(self, save: _Save, source: _Source, at: int, chunk: bytes, tail_tokens: int = 0) -> bool:
+        """Have a chunk saved, or a tail of so many tokens; whether it is."""
+        parts, lacking = [], []
+        for group, blocks in self._parts(at, source.tables, tail_tokens):
             missing = missing_blocks(blocks)
-            if len(blocks) < count or (missing and group.reads_everything):
+            if len(blocks) < (tail_tokens or self._size) // group.block_size or (missing and group.reads_everything):
                 return False
+            lacking.append(missing)
             parts.append((group.index, missing, blocks[missing:]))
-        lacking = tuple(missing for _, missing, _ in parts)
         if (held := self._ledger.lookup(chunk)) is not None:
-            if not is_fuller(lacking, held.missing):
+            if not is_fuller(tuple(lacking), held.missing):
                 return False
             self._ledger.forget(chunk)
         slot = self._ledger.reserve(
             chunk,
-            lacking,
-            own,
+            tuple(lacking),
+            source.chunks,
             tokens=tail_tokens,
-            confined=confined,
-            approximate=approximate,
-            priority=priority,
+            confined=source.confined,
+            approximate=at >= source.exact,
+            priority=source.priority,
         )
         if slot is None:
             return False

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker_connector.scripted_engine import CHUNK, prompt
+from tests.worker_connector.scripted_engine import BLOCK, CHUNK, prompt
 from tests.worker_connector.tiered_engine import TieredEngine, spoil
 from worker_connector.ledger import CPU
 from worker_connector.lower import EMPTY_AGAIN_SECONDS, PAUSE_SECONDS, TierRules
@@ -183,6 +183,14 @@ def test_chunks_under_an_adapter_stay_above() -> None:
     engine.serve("a", prompt(15, 2 * CHUNK + 1), lora_request=adapter)
     assert engine.ledger.counts()[CPU] == 2
     assert not engine.chunks_in("disk")
+
+
+def test_tails_under_an_adapter_stay_above() -> None:
+    engine = TieredEngine(blocks=200, conversation_mode=True)
+    adapter = type("Lora", (), {"lora_name": "x", "lora_path": "/x", "lora_int_id": 1})()
+    request = engine.serve("a", prompt(15, 5 * CHUNK + 2 * BLOCK + 1), lora_request=adapter, max_tokens=BLOCK + 1)
+    assert len(request.outputs) == BLOCK + 1
+    assert not engine.stores["disk"], "another engine may have another adapter of that name"
 
 
 def test_after_a_reset_nothing_below_is_used_and_nothing_is_deleted() -> None:
