@@ -30,8 +30,8 @@ OBJECT_BYTES = 8 << 20
 ROUNDS = 9
 
 
-def in_threads(work: Callable[[int], None], count: int = OBJECTS) -> float:
-    """GB/s of ``work`` for each number of an object."""
+def at_once(work: Callable[[int], None], count: int, threads: int) -> None:
+    """``work`` for each number below ``count``, by so many threads."""
     todo, lock = list(range(count)), threading.Lock()
 
     def run() -> None:
@@ -42,12 +42,17 @@ def in_threads(work: Callable[[int], None], count: int = OBJECTS) -> float:
                 number = todo.pop()
             work(number)
 
-    began = time.perf_counter()
-    threads = [threading.Thread(target=run) for _ in range(THREADS)]
-    for thread in threads:
+    crew = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in crew:
         thread.start()
-    for thread in threads:
+    for thread in crew:
         thread.join()
+
+
+def in_threads(work: Callable[[int], None], count: int = OBJECTS) -> float:
+    """GB/s of ``work`` for each number of an object."""
+    began = time.perf_counter()
+    at_once(work, count, THREADS)
     return count * OBJECT_BYTES / (time.perf_counter() - began) / 1e9
 
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.disk import at_once
 from worker_connector import native
 from worker_connector.chunk_object import HEADER_BYTES, Section
 from worker_connector.plan import Piece, TierJob
@@ -65,25 +66,6 @@ def with_server(process: int) -> float:
     """Seconds that this process and another one have had of processors."""
     fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def at_once(work: Callable[[int], None], count: int, threads: int) -> None:
-    """``work`` for each number below ``count``, by so many threads."""
-    todo, lock = list(range(count)), threading.Lock()
-
-    def run() -> None:
-        while True:
-            with lock:
-                if not todo:
-                    return
-                number = todo.pop()
-            work(number)
-
-    crew = [threading.Thread(target=run) for _ in range(threads)]
-    for thread in crew:
-        thread.start()
-    for thread in crew:
-        thread.join()
 
 
 class Movers:

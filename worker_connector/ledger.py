@@ -57,7 +57,6 @@ class Slot:
         "chunk",
         "confined",
         "forgotten",
-        "hidden",
         "index",
         "kept",
         "missing",
@@ -67,10 +66,9 @@ class Slot:
         "tokens",
     )
 
-    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, hidden: bool, confined: bool) -> None:
+    def __init__(self, chunk: bytes, index: int, missing: tuple[int, ...], *, tokens: int, confined: bool) -> None:
         self.approximate = False
         self.chunk = chunk
-        self.hidden = hidden
         self.confined = confined
         self.index = index
         self.missing = missing
@@ -80,6 +78,11 @@ class Slot:
         self.pins = 0
         self.kept = False
         self.forgotten = False
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it holds a tail."""
+        return bool(self.tokens)
 
 
 class Ledger:
@@ -144,8 +147,7 @@ class Ledger:
                 self._evict_one(spare)
             if not self._free:
                 return None
-            slot = Slot(chunk, self._free.pop(), missing, hidden=bool(tokens), confined=confined)
-            slot.tokens = tokens
+            slot = Slot(chunk, self._free.pop(), missing, tokens=tokens, confined=confined)
             slot.approximate = approximate
             slot.priority = priority
             self._slots[chunk] = slot
