@@ -1,5 +1,8 @@
 """``warmroute cache``: looks into the caches of workers and controls them, through a gateway or at a worker's report port."""
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -46,26 +49,48 @@ def _run(
     raise typer.Exit(status)
 
 
-@cache.command()
-def lookup(
-    request: What = "",
+def _shared(
     *,
-    chunk: Chunk = None,
-    tag: Tag = "",
-    ask: Annotated[bool, typer.Option("--ask", help="ask lower tiers for what nobody knows of")] = False,
     url: Url = GATEWAY,
     worker: Worker = "",
     at: At = "",
     token: Token = "",
     report_token: ReportToken = "",
     as_json: Json = False,
+) -> tuple[_Where, bool]:
+    """The options of every command: which caches are meant, and whether JSON is printed."""
+    return _Where(url, worker, at, token, report_token), as_json
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of every command behind its own; it gets them as ``where`` and ``as_json``."""
+    shared = inspect.signature(_shared).parameters
+    own = [each for name, each in inspect.signature(function).parameters.items() if name not in ("where", "as_json")]
+
+    @wraps(function)
+    def run(**given: Any) -> None:
+        where, as_json = _shared(**{name: given.pop(name) for name in shared})
+        function(where=where, as_json=as_json, **given)
+
+    run.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore[attr-defined] # what typer reads
+    return cache.command()(run)
+
+
+@_command
+def lookup(
+    request: What = "",
+    *,
+    chunk: Chunk = None,
+    tag: Tag = "",
+    ask: Annotated[bool, typer.Option("--ask", help="ask lower tiers for what nobody knows of")] = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Say which tiers of each worker hold a prompt's chunks."""
-    where = _Where(url, worker, at, token, report_token)
     _run("lookup", where, what=request, chunks=chunk, as_json=as_json, tag=tag, ask=ask)
 
 
-@cache.command()
+@_command
 def clear(
     request: What = "",
     *,
@@ -73,89 +98,66 @@ def clear(
     tag: Tag = "",
     everything: Annotated[bool, typer.Option("--all", help="everything there is, of all prompts")] = False,
     tier: Tier = "",
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Drop a prompt's chunks, or everything, from one tier or all behind the GPU."""
     _said_what(request or tag, chunk, everything=everything)
-    where = _Where(url, worker, at, token, report_token)
     _run("clear", where, what=request, chunks=chunk, as_json=as_json, tag=tag, tier=tier)
 
 
-@cache.command()
+@_command
 def pin(
     request: What = "",
     *,
     chunk: Chunk = None,
     tag: Tag = "",
     seconds: Seconds = None,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Keep a prompt's chunks from eviction from the CPU tier and the workers' disks."""
-    where = _Where(url, worker, at, token, report_token)
     _run("pin", where, what=request, chunks=chunk, as_json=as_json, tag=tag, seconds=seconds)
 
 
-@cache.command()
+@_command
 def unpin(
     request: What = "",
     *,
     chunk: Chunk = None,
     tag: Tag = "",
     everything: Annotated[bool, typer.Option("--all", help="all pins")] = False,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """End the pins on a prompt's chunks, or all."""
     _said_what(request or tag, chunk, everything=everything)
-    where = _Where(url, worker, at, token, report_token)
     _run("unpin", where, what=request, chunks=chunk, as_json=as_json, tag=tag)
 
 
-@cache.command()
+@_command
 def pins(
     *,
     limit: Annotated[int, typer.Option("--limit", help="how many to list of each worker")] = 1000,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """List what is pinned."""
-    _run("pins", _Where(url, worker, at, token, report_token), as_json=as_json, limit=limit)
+    _run("pins", where, as_json=as_json, limit=limit)
 
 
-@cache.command()
+@_command
 def tags(
     *,
     limit: Annotated[int, typer.Option("--limit", help="how many to list of each worker")] = 1000,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """List the tags that requests were given, and how many chunks each stands for."""
-    _run("tags", _Where(url, worker, at, token, report_token), as_json=as_json, limit=limit)
+    _run("tags", where, as_json=as_json, limit=limit)
 
 
-@cache.command()
+@_command
 def warm(
     request: What = "",
     *,
@@ -164,81 +166,59 @@ def warm(
     newest: Annotated[int | None, typer.Option("--newest", help="the so many that came last")] = None,
     tier: Tier = "",
     seconds: Seconds = None,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Bring a prompt's chunks, or the newest of the lower tiers, into the CPU tier."""
-    where = _Where(url, worker, at, token, report_token)
     _run("warm", where, what=request, chunks=chunk, as_json=as_json, tag=tag, newest=newest, tier=tier, seconds=seconds)
 
 
-@cache.command()
+@_command
 def move(
     request: What = "",
     *,
     chunk: Chunk = None,
     tag: Tag = "",
     tier: Tier = "",
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Write a prompt's chunks to a lower tier and drop them from the CPU tier."""
-    where = _Where(url, worker, at, token, report_token)
     _run("move", where, what=request, chunks=chunk, as_json=as_json, tag=tag, tier=tier)
 
 
-@cache.command()
+@_command
 def generation(
     name: Annotated[str, typer.Argument(help="what the weights are called; only shown if not said")] = "",
     *,
     start: Annotated[bool, typer.Option("--start", help="they are those that the engines started with")] = False,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Say what weights engines have since their last reset; those that say the same share what lies below."""
-    _run("generation", _Where(url, worker, at, token, report_token), as_json=as_json, name=name, start=start)
+    _run("generation", where, as_json=as_json, name=name, start=start)
 
 
-@cache.command()
+@_command
 def flush(
     *,
     newest: Annotated[int | None, typer.Option("--newest", help="the so many that were used last")] = None,
     tier: Tier = "",
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Write what the CPU tier holds and the remote tier lacks there, and keep it in the CPU tier."""
-    _run("flush", _Where(url, worker, at, token, report_token), as_json=as_json, newest=newest, tier=tier)
+    _run("flush", where, as_json=as_json, newest=newest, tier=tier)
 
 
-@cache.command()
+@_command
 def stats(
     *,
-    url: Url = GATEWAY,
-    worker: Worker = "",
-    at: At = "",
-    token: Token = "",
-    report_token: ReportToken = "",
-    as_json: Json = False,
+    where: _Where,
+    as_json: bool,
 ) -> None:
     """Show the figures of every tier."""
-    _run("stats", _Where(url, worker, at, token, report_token), as_json=as_json)
+    _run("stats", where, as_json=as_json)
 
 
 def _said_what(request: str, chunks: list[str] | None, *, everything: bool) -> None:
