@@ -352,8 +352,7 @@ def test_what_no_server_should_send_does_not_end_the_watch(play: Play) -> None:
         server.add("a")
         async with watched() as (watch, seen):
             await until(lambda: server.watching, PATIENT)
-            server.history.append((server.version + 1, "MODIFIED", {"metadata": "none"}))
-            server.history[-1] = (server.version + 1, "MODIFIED", {"metadata": {"labels": {"app": "vllm"}, "uid": 7}})
+            server.history.append((server.version + 1, "MODIFIED", {"metadata": {"labels": {"app": "vllm"}, "uid": 7}}))
             server.version += 1
             await until(lambda: watch.relists["failed"], PATIENT)
             server.add("b", "127.0.0.2")
