@@ -74,7 +74,7 @@ class Slot:
         self.missing = missing
         self.priority = NORMAL
         self.state = SlotState.SAVING
-        self.tokens = 0
+        self.tokens = tokens
         self.pins = 0
         self.kept = False
         self.forgotten = False
