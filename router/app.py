@@ -25,6 +25,7 @@ from router.dialects import DIALECTS
 from router.discovery_metrics import DiscoveryState
 from router.endpoints import find, is_page
 from router.errors import ApiError, ClientGone
+from router.event_watcher import EventWatcher
 from router.health import Monitor
 from router.history import History
 from router.index import Index
@@ -38,6 +39,7 @@ from router.probe import works
 from router.prompt_metrics import PromptState
 from router.reload import Sources
 from router.reports import Sweeper, Watcher
+from router.sent_memory import SentMemory, ask_cache
 from router.siblings import Siblings
 from router.stored import StoredResponses
 from router.surface import Surface
@@ -67,6 +69,7 @@ class Gateway:
         self.registry = Registry()
         self.index = Index()
         self.history = History()
+        self.sent = SentMemory(self.index)
         self.admission = Admission(
             settings.max_in_flight, settings.max_queue, settings.queue_timeout, settings.max_bodies_bytes
         )
@@ -85,6 +88,7 @@ class Gateway:
             admission=self.admission,
             accounting=self.accounting,
             metrics=self.metrics,
+            sent=self.sent,
             prompts=self.prompts,
             surface=Surface(StoredResponses(self.registry), self.accounting),
             access=self.access,
@@ -97,6 +101,7 @@ class Gateway:
         self._rng = random.Random(settings.seed)  # noqa: S311 - spreads reconnects
         self._turns = Turns()
         self._watchers: dict[str, Watcher] = {}
+        self._event_watchers: dict[str, EventWatcher] = {}
         self._monitors: dict[str, Monitor] = {}
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._others: set[asyncio.Task[None]] = set()
@@ -175,16 +180,23 @@ class Gateway:
         if spec.report_address is not None:
             watcher = self._watchers[worker.name] = self._watcher(worker)
             self._tasks[worker.name].append(asyncio.create_task(watcher.run()))
+        elif spec.has_events:
+            events = self._event_watchers[worker.name] = self._event_watcher(worker)
+            self._tasks[worker.name].append(asyncio.create_task(events.run()))
         return worker
 
     def remove_worker(self, worker: Worker) -> None:
         """Send nothing more to a worker and forget it; requests it is serving are finished."""
         self.registry.remove(worker.name)
         self._watchers.pop(worker.name, None)
+        self._event_watchers.pop(worker.name, None)
         self._monitors.pop(worker.name, None)
         tasks = self._tasks.pop(worker.name, [])
         for task in tasks:
             task.cancel()
+        worker.following = None
+        self.sent.forget(worker)
+        self.index.drop(worker.name)
         for prompts in self.prompts.values():
             prompts.forget(worker)
         if self._warmup is not None:
@@ -223,6 +235,18 @@ class Gateway:
             lost=self._lost,
             rng=self._rng,
             history=self.history,
+            speaks=self.sent.forget,
+        )
+
+    def _event_watcher(self, worker: Worker) -> EventWatcher:
+        return EventWatcher(
+            worker,
+            self.index,
+            self._turns,
+            self.sent,
+            history=self.history,
+            most_blocks=self.settings.max_worker_chunks,
+            rng=self._rng,
         )
 
     async def _retire(self, worker: Worker) -> None:
@@ -244,7 +268,11 @@ class Gateway:
 
     def _distrusted(self, worker: Worker) -> None:
         _log.warning("worker %s reused less than predicted again and again: its cache is listed again", worker.name)
-        if watcher := self._watchers.get(worker.name):
+        if worker.assumes:
+            self.sent.begin(worker)
+        if events := self._event_watchers.get(worker.name):
+            events.nudge()
+        elif watcher := self._watchers.get(worker.name):
             watcher.relist("trust")
 
     def _suspected(self, worker: Worker) -> None:
@@ -288,7 +316,20 @@ class Gateway:
         worker.parity = "unchecked"
         self._spawn(prompts.check(worker))
 
+    async def _assume(self, worker: Worker) -> None:
+        """Set out anew with a worker that does not report its cache: what was known was another process's."""
+        base = next((card.id for card in worker.models.values() if not card.parent), "")
+        unsaid = self.settings.assumed_cache_tokens
+        cache = await ask_cache(worker.upstream, worker.spec, unsaid)
+        worker.assume((base, cache.chunk_size), cache.tokens // cache.chunk_size if unsaid else 0)
+        if worker.hello is None:
+            self.sent.begin(worker)
+        if (events := self._event_watchers.get(worker.name)) is not None:
+            events.nudge()
+
     async def _qualify(self, worker: Worker) -> None:
+        if not worker.epochs:
+            await self._assume(worker)
         for model in [card.id for card in worker.models.values() if not card.parent]:
             await self._loaded(model)
             prompts = self.prompts[model]

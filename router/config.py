@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from router.discovery.names import DnsSpec, PodSpec, is_name
 from router.errors import ConfigError
 from router.foreign_flags import hint
+from router.kv_events import Source
 from router.secrets import Secret
 
 ENV_PREFIX = "WARMROUTE_"
@@ -36,12 +37,16 @@ _TYPO_RATIO = 0.85
 
 class WorkerSpec(BaseModel):
     """One worker: where its HTTP endpoint and its report port are. ``reports`` is HOST:PORT, or ``none``; ``key`` its own
-    API key. ``URL#RANK`` is one data-parallel rank of an engine, whose report port is the engine's plus the rank."""
+    API key. ``events`` and ``replay`` are where an engine without the connector publishes its KV events, and replays them;
+    unsaid, it is asked; ``none`` has them left alone. ``URL#RANK`` is one data-parallel rank of an engine, whose ports are
+    the engine's plus the rank."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str
     reports: str = ""
+    events: str = ""
+    replay: str = ""
     name: str = ""
     key: Secret = SecretStr("")
 
@@ -72,8 +77,16 @@ class WorkerSpec(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _reports_are_an_address(self) -> Self:
+    def _ports_are_addresses(self) -> Self:
         _ = self.report_address
+        if self.events not in ("", "none"):
+            _ = self.event_source
+            if self.reports not in ("", "none"):
+                raise ValueError(
+                    "events= is for an engine without the connector, reports= for one with it: give one of them"
+                )
+        elif self.replay:
+            raise ValueError("replay= is where the KV events of events=HOST:PORT are replayed: name both")
         return self
 
     @property
@@ -100,14 +113,28 @@ class WorkerSpec(BaseModel):
     @property
     def report_address(self) -> tuple[str, int] | None:
         """Host and port of the report stream; None for an engine without the connector."""
-        if self.reports == "none":
+        if self.reports == "none" or (not self.reports and self.events not in ("", "none")):
             return None
         host, port = parse_address(self.reports) if self.reports else (self.host, DEFAULT_REPORT_PORT)
         return host, port + (self.rank or 0)
 
+    @property
+    def has_events(self) -> bool:
+        """Whether KV events tell of its cache, if it publishes any."""
+        return self.report_address is None and self.events != "none"
+
+    @property
+    def event_source(self) -> Source:
+        """Where its KV events were said to be; both endpoints are empty where that was not said."""
+        return Source(*(self._endpoint(address) if address else "" for address in (self.events, self.replay)))
+
+    def _endpoint(self, address: str) -> str:
+        host, port = parse_address(address)
+        return f"tcp://{f'[{host}]' if ':' in host else host}:{port + (self.rank or 0)}"
+
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From ``URL[,reports=HOST:PORT|none][,name=NAME][,key=KEY|file:PATH|env:NAME]``.
+        """From ``URL[,reports=HOST:PORT|none][,events=HOST:PORT|none[,replay=HOST:PORT]][,name=NAME][,key=KEY|file:PATH|env:NAME]``.
 
         Raises:
             ValueError: a part is not understood.
@@ -138,8 +165,9 @@ def _members(text: str) -> dict[str, Any]:
     members: dict[str, Any] = {"url": url}
     for option in options:
         key, equals, value = option.partition("=")
-        if not equals or key not in ("reports", "name", "key", "dp"):
-            raise ValueError(f"{key!r} of worker {url!r} is none of reports=HOST:PORT, name=NAME, key=KEY and dp=N")
+        if not equals or key not in ("reports", "events", "replay", "name", "key", "dp"):
+            known = "reports=HOST:PORT, events=HOST:PORT, replay=HOST:PORT, name=NAME, key=KEY and dp=N"
+            raise ValueError(f"{key!r} of worker {url!r} is none of {known}")
         members[key] = value
     return members
 
@@ -206,6 +234,12 @@ class Settings(BaseSettings):
     forward_token_ids: bool = Field(default=True, description="send token ids along, so that workers need not tokenize")
     prompt_memory_bytes: int = Field(
         default=256 << 20, ge=0, description="tokens of earlier prompts kept for each model; 0 keeps none"
+    )
+    assumed_cache_tokens: int = Field(
+        default=1_000_000,
+        ge=0,
+        description="tokens sent to a worker that count as held where it does not report and its engine does not say how "
+        "many fit; 0 counts nothing that was only sent",
     )
     warmup_prompts: str = Field(default="", description="file of prompts that every worker computes when it starts")
     response_headers: bool = Field(default=True, description="add x-warmroute-* headers to responses")

@@ -41,6 +41,7 @@ from router.policies import Policy
 from router.pool_prompts import PoolPrompts
 from router.queue import NOBODY
 from router.retries import RetryBudget, backoff
+from router.sent_memory import SentMemory
 from router.splice import LEAN_FROM, Kind, can_carry_ids, ids_of, parts_without_messages, splice, with_prompt
 from router.surface import HOT, Surface, target_of, unscored_prompt
 from router.workers import Flight, Pool, Registry, Worker
@@ -102,6 +103,7 @@ class Pipeline:
         admission: Admission,
         accounting: Accounting,
         metrics: Metrics,
+        sent: SentMemory,
         prompts: dict[str, PoolPrompts],
         surface: Surface,
         access: Access | None = None,
@@ -120,6 +122,7 @@ class Pipeline:
         self._admission = admission
         self._accounting = accounting
         self._metrics = metrics
+        self._sent = sent
         self._prompts = prompts
         self._surface = surface
 
@@ -303,6 +306,7 @@ class Pipeline:
             meter=journey.visit.meter if journey.visit is not None else None,
         )
         worker.load.sent(attempt.flight)
+        assumed = self._assume_held(plan, worker) if worker.assumes else ()
         if self.chooser.policy.learns and hit.gpu == hit.total and plan.request.body.get("stream") is True:
             attempt.flight.due = worker.load.uncached_tokens
         outcome = "abandoned"
@@ -312,6 +316,7 @@ class Pipeline:
         except UpstreamError as error:
             outcome = "failed"
             self._failed(worker, error, attempt.generation)
+            self._sent.unsent(worker, assumed)
             raise
         finally:
             worker.load.finished(attempt.flight)
@@ -338,6 +343,10 @@ class Pipeline:
         await forward(
             client, worker.upstream, head, body, extra=self._extra_headers(named, journey, worker), delivery=attempt
         )
+
+    def _assume_held(self, plan: Plan, worker: Worker) -> Sequence[bytes]:
+        prompts = plan.hashes.get(worker.namespace) if worker.namespace is not None else None
+        return self._sent.sent(worker, prompts) if prompts else ()
 
     def _decided(self, journey: Journey, routed: Routed, hit: Hit, series: WorkerSeries) -> None:
         plan, decision, worker = journey.plan, journey.decision, routed.choice.worker

@@ -65,7 +65,8 @@ class _Relist(Exception):
 
 
 class Watcher:
-    """Watches one worker. ``lost`` is called when a stream breaks without a word, ``admitted`` with each outcome."""
+    """Watches one worker. ``lost`` is called when a stream breaks without a word, ``admitted`` with each outcome,
+    ``speaks`` when a stream begins to tell what the worker holds."""
 
     def __init__(
         self,
@@ -80,8 +81,10 @@ class Watcher:
         lost: Callable[[Worker], None],
         rng: random.Random,
         history: History | None = None,
+        speaks: Callable[[Worker], None] = lambda _: None,
     ) -> None:
         self._history = history or History()
+        self._speaks = speaks
         self._worker = worker
         self._index = index
         self._token = token
@@ -208,6 +211,7 @@ class Watcher:
             raise MalformedFrame("the worker sent Hello twice")
         if not 0 < hello.chunk_size < 2**32:
             raise MalformedFrame(f"the worker's chunk size is {hello.chunk_size}")
+        self._speaks(self._worker)
         self._index.drop(self._worker.name)
         self._index.open(self._worker.name, self._limit(hello))
         if hello.epoch != self._epoch:
@@ -258,14 +262,17 @@ class Watcher:
     def _note(self, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         if isinstance(error, _Relist):
-            self._worker.relists[error.cause] = self._worker.relists.get(error.cause, 0) + 1
+            self._worker.relisted(error.cause)
             text = f"listing again: {error.cause}"
         elif isinstance(error, TimeoutError):
             text = f"nothing heard for {self._silence:g} s"
         self._worker.reports_error = text
         if text != self._logged:
             self._logged = text
-            _log.warning("reports of worker %s: %s; routed by load until they are back", self._worker.name, text)
+            meanwhile = "load and by what was sent there" if self._worker.assumes else "load"
+            _log.warning(
+                "reports of worker %s: %s; routed by %s until they are back", self._worker.name, text, meanwhile
+            )
 
 
 async def connect(address: tuple[str, int], opening: Open) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -110,6 +110,17 @@ class Load:
         self.others = 0
 
 
+class Following(msgspec.Struct, eq=False):
+    """KV events being followed: where they come from, whether what was missed can be replayed, whether everything the
+    engine holds was heard of, the last batch's number, and the blocks on record."""
+
+    endpoint: str
+    replayed: bool
+    complete: bool = False
+    sequence: int = -1
+    blocks: int = 0
+
+
 class Worker:
     """One engine: the unit requests are routed to."""
 
@@ -137,6 +148,11 @@ class Worker:
         self._hello: Hello | None = None
         self.namespace: tuple[str, int] | None = None
         """Model name and chunk size its chunk hashes descend from; None while nothing of its cache is known."""
+        self._assumed: tuple[str, int] | None = None
+        self.assumed_chunks = 0
+        """Chunks of prompts sent there that count as held where the worker itself does not say."""
+        self.following: Following | None = None
+        self.events_error = ""
         self.heartbeat: Heartbeat | None = None
         self.heartbeat_at = 0.0
         self.prefill_speed = 0.0
@@ -156,9 +172,39 @@ class Worker:
         self.predictions = {"exact": 0, "over": 0, "under": 0}
 
     @property
-    def source(self) -> Literal["connector", "none"]:
-        """Where knowledge of its cache comes from: ``connector`` while a report stream is open."""
-        return "connector" if self._hello is not None else "none"
+    def source(self) -> Literal["connector", "events", "routed", "none"]:
+        """Where knowledge of its cache comes from: its connector's reports, its engine's KV events, or what was sent there."""
+        if self._hello is not None:
+            return "connector"
+        if self.following is not None:
+            return "events"
+        return "routed" if self.assumes else "none"
+
+    @property
+    def assumes(self) -> bool:
+        """Whether prompts sent there are taken to be held, nobody else telling everything that is. A worker whose connector
+        spoke once is not guessed at while it is silent: it may be another process."""
+        return (
+            self._hello is None
+            and self.assumed_chunks > 0
+            and not self.epochs
+            and (self.following is None or not self.following.complete)
+        )
+
+    def assume(self, namespace: tuple[str, int], chunks: int) -> None:
+        """What its chunk hashes descend from, and how many chunks fit, as long as it does not say so itself."""
+        self._assumed, self.assumed_chunks = namespace, chunks
+        if self._hello is None and not self.epochs:
+            self.namespace = namespace
+
+    @property
+    def assumed(self) -> tuple[str, int] | None:
+        """What its chunk hashes are taken to descend from."""
+        return self._assumed
+
+    def relisted(self, cause: str) -> None:
+        """Count that what is known of its cache is built again."""
+        self.relists[cause] = self.relists.get(cause, 0) + 1
 
     @property
     def hello(self) -> Hello | None:
@@ -168,7 +214,10 @@ class Worker:
     @hello.setter
     def hello(self, hello: Hello | None) -> None:
         self._hello = hello
-        self.namespace = (hello.model, hello.chunk_size) if hello is not None else None
+        if hello is not None:
+            self.namespace = (hello.model, hello.chunk_size)
+        else:
+            self.namespace = None if self.epochs else self._assumed
 
     @property
     def weight(self) -> int:

@@ -189,7 +189,7 @@ def describe(worker: Worker) -> dict[str, Any]:
         "in_flight": worker.load.in_flight,
         "uncached_tokens": worker.load.uncached_tokens,
         "cache_source": worker.source,
-        "routed_by": "cache and load" if hello is not None else "load only",
+        "routed_by": "cache and load" if worker.source != "none" else "load only",
         "reports": {
             "address": None if worker.spec.report_address is None else "{}:{}".format(*worker.spec.report_address),
             "error": worker.reports_error,
@@ -201,6 +201,11 @@ def describe(worker: Worker) -> dict[str, Any]:
             "heartbeat": msgspec.to_builtins(beat) if beat else None,
             "heartbeat_age_s": round(now - worker.heartbeat_at, 3) if beat else None,
         },
+        "events": {
+            "error": worker.events_error,
+            "following": msgspec.to_builtins(worker.following) if worker.following is not None else None,
+        },
+        "assumed": {"chunk_size": worker.assumed[1], "chunks": worker.assumed_chunks} if worker.assumed else None,
         "tokenization": {"parity": worker.parity, "takes_token_ids": worker.takes_token_ids},
         "trust": round(worker.trust, 3),
         "predictions": dict(worker.predictions),
@@ -264,7 +269,7 @@ def describe_index(gateway: "Gateway") -> dict[str, Any]:
 def describe_contents(gateway: "Gateway", worker: Worker) -> dict[str, Any]:
     """The chunks a worker is believed to hold, by tier, as sorted hexadecimal hashes. O(entries)."""
     held = gateway.index.contents(worker.name)
-    tiers = [tier.name for tier in worker.hello.tiers] if worker.hello else []
+    tiers = [tier.name for tier in worker.hello.tiers] if worker.hello else [tier for tier in held if held[tier]]
     return {
         "worker": worker.name,
         "synced": worker.synced,
