@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -40,7 +42,8 @@ PYTHON = (sys.executable, "-P", "-m")
 """What is installed, not what lies in the folder where the command was given: a checkout has no native library."""
 LONGEST_SOCKET_FOLDER = 70
 """A socket's path has 107 bytes at most (unix(7)), of which vLLM's own name takes 37."""
-
+_FIRST_PORT = 10_240
+_CAUSE = re.compile(r"\b[A-Z]\w*(?:Error|Exception): (?!Engine core initialization failed)")
 
 _WATCHDOG = """
 import os, shutil, signal, sys
@@ -100,10 +103,22 @@ def _pip(*arguments: str) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nothing listens on, below those that outgoing connections are given: it is
+    still free when an engine comes to listen there, many seconds later."""
+    ports = range(_FIRST_PORT, min(_ephemeral_from(), 1 << 16))
+    for _ in range(1000):
+        port = random.choice(ports) if ports else 0  # noqa: S311 - no secret
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise DemoError("no TCP port of 127.0.0.1 is free")
+
+
+def _ephemeral_from() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768
 
 
 def cpu_build_metadata(directory: Path) -> str:
@@ -146,7 +161,10 @@ class Child:
             return False
 
     def tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        """The end of its log, after what looks like the cause where that came before."""
+        text = self.log.read_text(errors="replace").splitlines()
+        causes = [line for line in text[:-lines] if _CAUSE.search(line)]
+        return "\n".join([*causes[-1:], *text[-lines:]])
 
     def signal(self, sign: signal.Signals) -> None:
         """Send a signal to the whole process group."""
@@ -256,7 +274,8 @@ def _start_engine(name: str, model: Path, workspace: Path, port: int, reports: i
     command += [*ENGINE_FLAGS, "--port", str(port), "--enable-prompt-tokens-details"]
     command += ["--kv-transfer-config", json.dumps(connector)]
     metadata = cpu_build_metadata(workspace / "metadata")
-    environment = {**ENGINE_ENVIRONMENT, **socket_folder(), "PYTHONPATH": metadata}
+    own_ports = {"VLLM_PORT": os.environ.get("VLLM_PORT") or str(free_port())}
+    environment = {**ENGINE_ENVIRONMENT, **own_ports, **socket_folder(), "PYTHONPATH": metadata}
     return _start(name, f"http://127.0.0.1:{port}", command, workspace, environment)
 
 

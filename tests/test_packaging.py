@@ -129,7 +129,7 @@ def test_without_an_engine_a_worker_says_what_is_missing(python: Path) -> None:
     assert done.returncode == 2
     assert "vLLM is not installed" in done.stderr
     printed = run(python.parent / "warmroute", "worker", "some/model", "--print")
-    assert printed.stdout.startswith(f"{python} -m vllm.entrypoints.cli.main serve some/model")
+    assert printed.stdout.startswith(f"{python} -P -m vllm.entrypoints.cli.main serve some/model")
 
 
 def test_the_native_library_loads(python: Path) -> None:

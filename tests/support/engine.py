@@ -103,7 +103,8 @@ def start_engine(
     workspace.mkdir(parents=True, exist_ok=True)
     log = workspace / f"engine-{port}.log"
     path = cpu_build_metadata(workspace / "metadata")
-    env = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": path, **(environment or {})}
+    own_ports = {"VLLM_PORT": str(free_port())}
+    env = {**os.environ, **ENGINE_ENVIRONMENT, **own_ports, "PYTHONPATH": path, **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
     engine = Engine(f"http://127.0.0.1:{port}", reports, process, log)

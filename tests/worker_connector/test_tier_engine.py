@@ -516,21 +516,24 @@ def heal(harmed: Harmed) -> None:
     ids=["hung", "silent", "slow", "reset", "password", "killed"],
 )
 def test_a_store_that_fails(harmed: Harmed, fault: Callable[[Harmed], None], cause: str) -> None:
-    tokens, cold = harmed.written(disk=False)
-    said = len(harmed.engine.lines("It is left alone"))
-    fault(harmed)
-    try:
-        for _ in range(2):
-            assert harmed.beside(tokens)["tokens"] == cold
-            harmed.engine.call("lose")
-            remove_files(harmed.directory)
-    finally:
-        heal(harmed)
-    harmed.recovers(disk=False)
-    lines = harmed.engine.lines("It is left alone")[said:]
-    print(*lines, sep="\n")
-    assert len(lines) <= 2, "the failure was said again and again"
-    assert any(cause in line for line in harmed.engine.lines("It is left alone"))
+    for _ in range(3):  # where other work keeps the machine busy, a deadline may pass before the cause is seen
+        tokens, cold = harmed.written(disk=False)
+        said = len(harmed.engine.lines("It is left alone"))
+        fault(harmed)
+        try:
+            for _ in range(2):
+                assert harmed.beside(tokens)["tokens"] == cold
+                harmed.engine.call("lose")
+                remove_files(harmed.directory)
+        finally:
+            heal(harmed)
+        harmed.recovers(disk=False)
+        lines = harmed.engine.lines("It is left alone")[said:]
+        print(*lines, sep="\n")
+        assert len(lines) <= 2, "the failure was said again and again"
+        if any(cause in line for line in lines):
+            return
+    pytest.fail(f"the cause was never named: {lines}")
 
 
 def test_a_server_that_evicts(harmed: Harmed) -> None:
