@@ -212,7 +212,7 @@ class RedisStore(Store):
         except StoreUnavailable as error:
             return error
         parts = [(place, part) for place, its in shares.items() for part in _split(its, connections)]
-        return self._serve_all(parts, deadline)
+        return self._serve_all(parts, deadline) if parts else None
 
     def _by_place(self, calls: list[_Call], deadline: float) -> dict[tuple[Address, bool], list[_Call]]:
         shares: dict[tuple[Address, bool], list[_Call]] = {}

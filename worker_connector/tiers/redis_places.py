@@ -227,6 +227,7 @@ class ClusterNodes(_Looked):
         if not found:
             return False
         self._map = [start for start, _, _ in found], [(end, node) for _, end, node in found]
+        self._servers.keep_only(self._candidates())  # nobody else would close what leads to nodes that are gone
         return True
 
     def _known(self) -> bool:

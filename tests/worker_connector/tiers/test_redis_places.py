@@ -22,6 +22,7 @@ from tests.worker_connector.tiers.servers import (
 from worker_connector.errors import StoreUnavailable
 from worker_connector.tiers.base import Sink, Source, Status, pages
 from worker_connector.tiers.redis import RedisSettings, RedisStore
+from worker_connector.tiers.redis_places import Address
 
 pytestmark = needs_redis
 
@@ -154,6 +155,26 @@ def test_a_batch_is_spread_over_the_nodes_and_comes_back_in_order(
     met = [entry.key for page in pages(store, threading.Event(), 5.0, 10) for entry in page.entries]
     assert sorted(met) == sorted(keys)
     assert all(each.status is Status.DELETED for each in store.delete(keys, soon()))
+
+
+def test_keys_whose_slots_nobody_serves_fail_without_an_error_of_the_store(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.put(["k"], [Source(b"abc")], soon())[0].ok
+    monkeypatch.setattr(store._places, "of", lambda _key, _deadline: None)
+    assert [each.cause for each in store.exists(["k", "l"], soon())] == ["clusterdown"] * 2
+
+
+def test_connections_to_nodes_that_left_the_cluster_are_closed(
+    cluster: list[RedisServer], store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.exists(["k"], soon())
+    gone = Address("localhost", cluster[0].port)
+    store._servers.links(gone).give(store._servers.links(gone).take(soon()))
+    monkeypatch.setattr(store._places, "_looked_at", 0.0)  # the slots are asked for once a second at most
+    store._places.doubt()
+    store.exists(["k"], soon())
+    assert gone not in store._servers._known
 
 
 def test_slots_that_move_are_followed(cluster: list[RedisServer], store: RedisStore) -> None:
