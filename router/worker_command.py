@@ -132,10 +132,12 @@ def _engine_version() -> str:
 
 
 def _check_own(arguments: Sequence[str]) -> None:
-    """A near miss of a flag of ours would be vLLM's to refuse, minutes later."""
+    """A near miss of a flag of ours would be vLLM's to refuse, minutes later. One that begins otherwise is none:
+    ``--hf-token`` is vLLM's."""
     for argument in arguments:
         flag = argument.partition("=")[0]
-        if flag.startswith("--") and (meant := nearest(flag, _OWN_FLAGS, _TYPO_RATIO)) and flag != meant:
+        alike = [own for own in _OWN_FLAGS if flag.startswith(own[:3])]
+        if (meant := nearest(flag, alike, _TYPO_RATIO)) and flag != meant:
             raise ConfigError(f"there is no flag {flag}: did you mean {meant}?")
 
 

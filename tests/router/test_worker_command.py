@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -99,8 +100,11 @@ def test_no_flag_of_the_command_is_one_of_vllm() -> None:
     sources = [folder / "engine" / "arg_utils.py", *(folder / "entrypoints" / "launchers").glob("*.py")]
     texts = [path.read_text(encoding="utf-8") for path in sources]
     assert any('"--kv-offloading-size"' in text for text in texts)
-    for flag in worker_command._OWN_FLAGS:
-        assert not any(f'"{flag}"' in text for text in texts)
+    theirs = {flag for text in texts for flag in re.findall(r'"(--[a-z0-9-]+)"', text)}
+    assert len(theirs) > 100
+    assert not theirs & set(worker_command._OWN_FLAGS)
+    worker_command._check_own(sorted(theirs))
+    worker_command._check_own(["--hf-token=hf_x"])
 
 
 def test_a_worker_is_registered_as_routers_reach_it() -> None:
