@@ -116,5 +116,12 @@ def _watch(process: int, stop: asyncio.Event) -> bool:
     except OSError as error:  # a kernel, or a sandbox, without process descriptors
         _log.warning("process %d cannot be watched (%s): its end shows at /health only", process, error.strerror)
         return True
-    asyncio.get_running_loop().add_reader(descriptor, stop.set)
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(descriptor)  # it stays readable, and would keep the loop from sleeping
+        os.close(descriptor)
+        stop.set()
+
+    loop.add_reader(descriptor, ended)
     return True

@@ -1,11 +1,12 @@
 """A worker that registers itself."""
 
 import asyncio
+import sys
 
 import httpx
 
 from router.config import WorkerSpec
-from router.discovery.registration import Registration
+from router.discovery.registration import Registration, _watch
 from tests.support.simulated_worker import SimulatedWorker, run, running_gateway, until
 
 
@@ -53,5 +54,30 @@ def test_simulated_a_worker_that_is_not_well_is_not_registered() -> None:
             await registration.run(stop)
             await until(lambda: gateway.gateway.registry.get("self") is None)
         await worker.kill()
+
+    run(scenario())
+
+
+def test_the_end_of_the_engines_process_is_heard_once() -> None:
+    """Its descriptor stays readable: a loop that goes on watching it does not sleep while the gateways are told."""
+
+    class Counted(asyncio.Event):
+        heard = 0
+
+        def set(self) -> None:
+            self.heard += 1
+            super().set()
+
+    async def scenario() -> None:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
+        stop = Counted()
+        assert _watch(process.pid, stop)
+        process.kill()
+        await stop.wait()
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert stop.heard == 1
+        await process.wait()
+        assert not _watch(process.pid, stop), "it is gone"
 
     run(scenario())
