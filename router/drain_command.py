@@ -104,7 +104,7 @@ async def _wake(leave: Leave) -> None:
             model = next(card["id"] for card in models if not card.get("parent"))
             await client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 1})
     except (*TROUBLE, ValueError, KeyError, TypeError, StopIteration) as error:
-        _say(f"the engine could not be asked for a token to wake it: {error or type(error).__name__}")
+        _say(f"the engine could not be asked for a token to wake it: {str(error) or type(error).__name__}")
 
 
 async def _wait_idle(leave: Leave, deadline: float) -> bool:
@@ -120,7 +120,7 @@ async def _wait_idle(leave: Leave, deadline: float) -> bool:
         _say("requests are still running")
         return False
     except (OSError, ProtocolError) as error:
-        _say(f"whether requests are left cannot be known: {error or type(error).__name__}")
+        _say(f"whether requests are left cannot be known: {str(error) or type(error).__name__}")
     return True
 
 

@@ -230,3 +230,30 @@ def test_the_hook_does_not_wait_beyond_its_deadline(capsys: pytest.CaptureFixtur
 
     run(scenario())
     assert "requests are still running" in capsys.readouterr().err
+
+
+def test_a_failure_without_words_is_named_by_its_kind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def refused(*_: Any) -> Any:
+        raise ConnectionResetError
+
+    async def scenario() -> None:
+        opened: list[asyncio.StreamWriter] = []
+        mute = await asyncio.start_server(lambda _, writer: opened.append(writer), "127.0.0.1", 0)
+        port = mute.sockets[0].getsockname()[1]
+        leave = Leave(f"http://127.0.0.1:{port}", ("127.0.0.1", 1), settle=0.0)
+        await drain_command._wake(leave)
+        assert await drain_command._wait_idle(leave, asyncio.get_running_loop().time() + 5)
+        for writer in opened:
+            writer.close()
+            await writer.wait_closed()
+        mute.close()
+        await mute.wait_closed()
+
+    monkeypatch.setattr(drain_command, "CALL_S", 0.05)
+    monkeypatch.setattr(drain_command, "connect", refused)
+    run(scenario())
+    said = capsys.readouterr().err
+    assert "to wake it: ReadTimeout" in said
+    assert "cannot be known: ConnectionResetError" in said
