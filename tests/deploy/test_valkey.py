@@ -162,3 +162,22 @@ def test_a_fleet_of_three_elects_moves_and_recovers(pods: dict[str, Pod]) -> Non
         eventually(lambda: replicas_follow(pods, third), "who came back is no replica")
     finally:
         store.close()
+
+
+def test_a_sentinel_that_refuses_is_not_the_last_one_asked(tmp_path: Path) -> None:
+    """The client ends with 0 on an error that it was sent, unless it is told otherwise."""
+    client = tmp_path / "valkey-cli"
+    client.write_text(
+        """#!/bin/sh
+asked=$(dirname "$0")/asked
+case "$*" in
+  *ROLE*) if [ "$(grep -c failover "$asked")" = 2 ]; then echo slave; else echo master; fi ;;
+  *failover*) echo "$*" >> "$asked"; echo "NOGOODSLAVE"; case " $* " in *" -e "*) exit 1 ;; esac ;;
+esac
+"""
+    )
+    client.chmod(0o755)
+    (tmp_path / "asked").touch()
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SELF": "a", "PEERS": "a b c", "VALKEY_PASSWORD": PASSWORD}
+    subprocess.run(["sh", str(SCRIPTS / "step-down.sh")], env=environ, check=True, capture_output=True, timeout=60)
+    assert [line.split("-h ")[1][0] for line in (tmp_path / "asked").read_text().splitlines()] == ["b", "c"]

@@ -7,7 +7,7 @@ role() { timeout 2 valkey-cli -h "$SELF" -p 6379 --raw ROLE | head -n 1; }
 [ "$(role)" = master ] || exit 0
 for peer in $PEERS; do
   [ "$peer" = "$SELF" ] && continue
-  timeout 2 valkey-cli -h "$peer" -p 26379 --raw SENTINEL failover warmroute && break
+  timeout 2 valkey-cli -e -h "$peer" -p 26379 --raw SENTINEL failover warmroute && break
 done
 for _ in 1 2 3 4 5 6 7 8 9 10; do
   [ "$(role)" = master ] || exit 0
