@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from router.cache_control import EVERYTHING, MOST_CHUNKS, ask_worker, summary
 from router.config import parse_address
@@ -94,7 +94,7 @@ def run(
     if as_json:
         print(json.dumps({"operation": operation, "workers": entries}, indent=2))  # noqa: T201 - the command's output
     else:
-        _show(Console(), operation, entries)
+        _show(Console(markup=False), operation, entries)  # an IPv6 address and a tag may look like markup
     return int(any("error" in entry for entry in entries))
 
 
@@ -135,7 +135,7 @@ def _show(console: Console, operation: str, entries: list[dict[str, Any]]) -> No
         _show_changes(console, entries)
     for entry in entries:
         if "error" in entry:
-            console.print(f"[red]{escape(entry['worker'])}[/]: {escape(str(entry['error']))}", highlight=False)
+            console.print(Text.assemble((entry["worker"], "red"), f": {entry['error']}"))
 
 
 def _show_lookup(console: Console, entries: list[dict[str, Any]]) -> None:
@@ -181,7 +181,7 @@ def _show_tags(console: Console, entries: list[dict[str, Any]]) -> None:
     table = _table("worker", "tag", "chunks")
     for entry in _answered(entries):
         for tag, count in entry["result"]["tags"].items():
-            table.add_row(entry["worker"], escape(tag), _number(count))
+            table.add_row(entry["worker"], tag, _number(count))
     console.print(table)
 
 
@@ -189,7 +189,7 @@ def _show_generations(console: Console, entries: list[dict[str, Any]]) -> None:
     table = _table("worker", "weights", "changed now")
     for entry in _answered(entries):
         result = entry["result"]
-        name = escape(result["generation"]) or "those of the start"
+        name = result["generation"] or "those of the start"
         table.add_row(entry["worker"], name, "yes" if result["changed"] else "no")
     console.print(table)
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kv_protocol.messages import Call, Reply, unpack
-from router import cache_control
+from router import cache_command, cache_control
 from router.cli import app
 from tests.support.simulated_worker import RunningGateway, SimulatedWorker, chat_body, run, running_gateway, until
 
@@ -319,3 +319,24 @@ def test_simulated_the_command_asks_nobody_where_it_was_not_told_enough(tmp_path
             assert "b: unpin: no [red]" in await command("unpin", "--all", *at_gateway, status=1)
 
     run(scenario())
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report port's IPv6 address, and why a tier takes nothing."""
+
+    class Answered(cache_command.Target):
+        def ask(self, operation: str, *_: Any) -> list[dict[str, Any]]:
+            answer = answer_as_a_worker(Call(1, operation, {}))
+            answer.result.get("tiers", {}).get("disk", {})["writing"] = "[full]"
+            return [{"worker": "[fd00::1]:5571", "result": answer.result}, {"worker": "[fd00::2]:5571", "error": "[no]"}]
+
+    monkeypatch.setenv("COLUMNS", "160")
+    for operation in ("stats", "pins", "tags"):
+        status = cache_command.run(operation, Answered(url=""), "", [], {}, as_json=False)
+        said = capsys.readouterr().out
+        assert status == 1
+        assert "[fd00::1]:5571 " in said
+        assert "[fd00::2]:5571: [no]" in said
+        assert operation != "stats" or "[full]" in said
