@@ -330,7 +330,10 @@ def test_what_looks_like_markup_is_shown_as_it_is(
         def ask(self, operation: str, *_: Any) -> list[dict[str, Any]]:
             answer = answer_as_a_worker(Call(1, operation, {}))
             answer.result.get("tiers", {}).get("disk", {})["writing"] = "[full]"
-            return [{"worker": "[fd00::1]:5571", "result": answer.result}, {"worker": "[fd00::2]:5571", "error": "[no]"}]
+            return [
+                {"worker": "[fd00::1]:5571", "result": answer.result},
+                {"worker": "[fd00::2]:5571", "error": "[no]"},
+            ]
 
     monkeypatch.setenv("COLUMNS", "160")
     for operation in ("stats", "pins", "tags"):
