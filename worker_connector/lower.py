@@ -39,20 +39,28 @@ from worker_connector.waits import Asks, Wanted
 OVERDUE_SECONDS = 60.0
 """An unacknowledged job keeps an idle engine stepping for no longer than this."""
 PAUSE_SECONDS = 1.0
-"""A tier of which everything failed is not asked for so long."""
+"""Where all of a fetch or of a write failed, that is not tried again for so long: a tier that is full is still read."""
 WRITES_AT_ONCE = 4
 """Jobs of writes to one tier that may be under way."""
 WRITE_SECONDS = 30.0
 """Nobody waits for a write, so it may take longer than a fetch."""
 JOB_BYTES = 128 << 20
 """What one job moves on one rank, or one chunk if that is more: a job's time limit then fits it."""
-_STORE_WIDE = frozenset({"timeout", "unreachable", "paused", "busy", "closed", "auth", "loading", "readonly", "full"})
+# fmt: off
+_STORE_WIDE = frozenset({
+    "timeout", "unreachable", "paused", "busy", "closed", "auth", "noperm", "tls", "config", "loading", "script", "clients",
+    "files", "resources", "scanning", "throttled", "server", "moving", "clusterdown", "masterdown", "stale",
+    "readonly", "read_only", "full", "quota", "misconf", "noreplicas",
+})
+# fmt: on
 """Causes that say nothing about the chunk."""
 _SLACK = 64
 _ANNOUNCED = 0
 """In the place of a job's number: that job is still to be planned."""
+_FAILED = -1
+"""In that place too: a job failed, and another one is to be planned in a while."""
 EMPTY_AGAIN_SECONDS = 5.0
-"""A tier that could not be emptied is tried again after so long."""
+"""What could not be deleted is tried again after so long."""
 
 Writes = Literal["through", "back", "none"]
 
@@ -128,11 +136,12 @@ class LowerTiers:
         self._writing: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._leaving: dict[str, set[bytes]] = {name: set() for name in self._tiers}
         self._urgent: dict[str, set[bytes]] = {name: set() for name in self._tiers}
-        self._paused: dict[str, float] = {}
+        self._paused: dict[tuple[str, TierKind], float] = {}
         self.generation = ""
         self._emptying: dict[str, int] = {}
         self._dropping: dict[str, dict[bytes, int]] = {name: {} for name in self._tiers}
         self._empty_again: dict[str, float] = {}
+        self._drop_again: dict[str, float] = {}
         self.pins_below = PinsBelow()
         self._next_job = 0
         self._outbox: list[TierJob] = []
@@ -206,8 +215,7 @@ class LowerTiers:
 
     def may_fetch(self, tier: str, chunk: bytes) -> bool:
         """Whether a tier may be asked for a chunk that is on its record."""
-        paused = self._paused.get(tier, 0.0) > self._clock()
-        return not paused and tier not in self._emptying and chunk not in self._dropping[tier]
+        return not self._is_paused(tier, "fetch") and tier not in self._emptying and chunk not in self._dropping[tier]
 
     def fetch(self, tier: str, pairs: Sequence[tuple[Piece, Slot]]) -> int:
         """Plan a fetch; its number."""
@@ -276,7 +284,7 @@ class LowerTiers:
         return tier in (self._ledger.tail_below(slot.chunk) if slot.tokens else self._ledger.below(slot.chunk))
 
     def _may_write(self, tier: str) -> bool:
-        if not self._unwritten[tier] or self._paused.get(tier, 0.0) > self._clock():
+        if not self._unwritten[tier] or self._is_paused(tier, "write"):
             return False
         under_way = sum(job.job.tier == tier and job.job.kind == "write" for job in self._jobs.values())
         if under_way >= min(WRITES_AT_ONCE, max(1, self._ledger.capacity // (2 * len(self._tiers)))):
@@ -314,8 +322,8 @@ class LowerTiers:
 
     def plan_step(self) -> list[TierJob]:
         """What the workers have to do for the lower tiers."""
-        for name in [name for name, due in self._empty_again.items() if due <= self._clock()]:
-            self.drop(name)
+        if self._empty_again or self._drop_again:
+            self._delete_again(self._clock())
         self.fetches.plan_step()
         for kind, chunks in self.pins_below.take() if self.pins_below and DISK in self._tiers else ():
             self._send(DISK, kind, [(Piece(chunk, -1), None) for chunk in chunks])
@@ -364,6 +372,14 @@ class LowerTiers:
             self._emptying[tier] = number
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
 
+    def _delete_again(self, now: float) -> None:
+        for name in [name for name, due in self._empty_again.items() if due <= now]:
+            self.drop(name)
+        for name in [name for name, due in self._drop_again.items() if due <= now]:
+            del self._drop_again[name]
+            if chunks := [chunk for chunk, job in self._dropping[name].items() if job == _FAILED]:
+                self.drop(name, chunks)
+
     def may_be_found(self, tier: str, chunks: Iterable[bytes]) -> list[bytes]:
         """Those of a tier's chunks that are not about to be deleted."""
         dropping = self._dropping[tier]
@@ -382,6 +398,7 @@ class LowerTiers:
         self.pins_below.begin_again()
         self._emptying.clear()
         self._empty_again.clear()
+        self._drop_again.clear()
         self.fetches.clear()
 
     def rename(self, generation: str) -> None:
@@ -446,7 +463,9 @@ class LowerTiers:
             known = emptying in (None, _ANNOUNCED) or emptying in self._jobs
             assert known or name in self._empty_again, "a tier is barred for ever"
             dropping = set(self._dropping[name].values()) - {_ANNOUNCED}
-            assert dropping <= self._jobs.keys(), "a chunk is barred for ever"
+            assert dropping <= ({_FAILED} if name in self._drop_again else set()) | self._jobs.keys(), (
+                "a chunk is barred for ever"
+            )
             assert self._urgent[name] <= self._unwritten[name].keys(), "a chunk is urgent and is not to be written"
             assert self._leaving[name] <= chunks | self._unwritten[name].keys(), "a chunk leaves without being written"
 
@@ -472,7 +491,10 @@ class LowerTiers:
         for cause in result.failed.values() if job.kind in ("fetch", "write") else ():
             self._stats.tier_failed(job.tier, job.kind, cause)
         if result.failed and len(result.failed) == len(job.pieces) and _STORE_WIDE & set(result.failed.values()):
-            self._paused[job.tier] = self._clock() + PAUSE_SECONDS
+            self._paused[job.tier, job.kind] = self._clock() + PAUSE_SECONDS
+
+    def _is_paused(self, tier: str, kind: TierKind) -> bool:
+        return self._paused.get((tier, kind), 0.0) > self._clock()
 
     def _end_drop(self, job: TierJob, result: TierResult) -> None:
         if not job.pieces and self._emptying.get(job.tier) == job.job:
@@ -480,7 +502,12 @@ class LowerTiers:
             self._end_emptying(job.tier, emptied=not result.failed or not self._ledger.capacity)
         dropping, chunks = self._dropping[job.tier], [piece.chunk for piece in job.pieces]
         for chunk in chunks:
-            if dropping.get(chunk) == job.job:
+            if dropping.get(chunk) != job.job:
+                continue
+            if chunk in result.failed and self._ledger.capacity:
+                dropping[chunk] = _FAILED
+                self._drop_again[job.tier] = self._clock() + EMPTY_AGAIN_SECONDS
+            else:
                 del dropping[chunk]
         self._take_off_record(job.tier, chunks)
 
@@ -513,7 +540,7 @@ class LowerTiers:
             self._ledger.tails_stored(job.tier, [slot.chunk for slot in done if slot.tokens], most)
         else:
             # Meanwhile these chunks may have come anew, or their weights have got another name.
-            self.committed(filter(None, map(self._ledger.lookup, written)))
+            self.committed(filter(None, (self._ledger.lookup(piece.chunk) for piece in job.pieces)))
         for slot in ended.slots:
             self._leave(job.tier, slot)
         if result.incompressible:

@@ -254,11 +254,12 @@ class TierMovers:
         except Exception:  # noqa: BLE001 - a failed move is an outcome, whatever its cause
             _log.exception("Tier %s: a %s of %d chunks failed", job.tier, job.kind, len(job.pieces))
             _blame(result, job.pieces or _EVERYTHING, "failed")
-        if not job.pieces and result.failed:
+        if job.kind == "drop" and result.failed and self._said.anew(f"drop {job.tier}"):
             _log.error(
-                "Tier %s could not be emptied (%s): nothing is fetched from it until it is, which is tried again",
+                "Tier %s: %s could not be deleted (%s): nothing of that is fetched until it is, which is tried again",
                 job.tier,
-                result.failed[b""],
+                f"{len(result.failed)} chunks" if job.pieces else "everything",
+                next(iter(result.failed.values())),
             )
         result.seconds = time.monotonic() - began
         with self._changed:
@@ -471,14 +472,14 @@ class TierMovers:
 
     def _drop(self, store: Store, pieces: Sequence[Piece], deadline: float, result: TierResult) -> None:
         if pieces:
-            store.delete([self._key(piece) for piece in pieces], deadline)
+            outcomes = store.delete([self._key(piece) for piece in pieces], deadline)
+            kept = [(piece, each) for piece, each in zip(pieces, outcomes, strict=True) if _is_kept(each)]
+            result.failed.update((piece.chunk, _cause(each)) for piece, each in kept)
             return
         for page in pages(store, self._stop, _PAGE_SECONDS):
             own = [entry.key for entry in page.entries if self._is_own(entry.key)]
             gone = store.delete(own, time.monotonic() + _PAGE_SECONDS) if own else []
-            for outcome in gone:
-                if not outcome.ok and outcome.status is not Status.MISSING:
-                    result.failed[b""] = _cause(outcome)
+            result.failed.update((b"", _cause(outcome)) for outcome in gone if _is_kept(outcome))
 
     def _is_own(self, key: str) -> bool:
         try:
@@ -514,6 +515,11 @@ def _accept(result: TierResult, chunk: bytes, found: Header) -> None:
 def _blame(result: TierResult, pieces: Iterable[Piece], cause: str) -> None:
     for piece in pieces:
         result.failed.setdefault(piece.chunk, cause)
+
+
+def _is_kept(outcome: Outcome) -> bool:
+    """Whether an object that was to be deleted may still be there."""
+    return not outcome.ok and outcome.status is not Status.MISSING
 
 
 def _cause(outcome: Outcome) -> str:

@@ -118,6 +118,28 @@ def test_a_store_that_is_away_costs_one_try_and_keeps_its_record() -> None:
     assert engine.serve("d", tokens).loads == 1
 
 
+@pytest.mark.parametrize("cause", ["throttled", "clusterdown", "tls"])
+def test_what_a_store_fails_for_as_a_whole_leaves_the_record(cause: str) -> None:
+    engine, tokens = TieredEngine(), prompt(60, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    forget_above(engine)
+    engine.fail = lambda job, _chunk, _rank: cause if job.kind == "fetch" else ""
+    assert engine.serve("b", tokens).loads == 0
+    assert engine.ledger.counts()["disk"] == 2
+
+
+@pytest.mark.parametrize("cause", ["full", "readonly", "read_only"])
+def test_a_tier_that_takes_nothing_is_still_read_and_is_not_asked_to_take_more_for_a_while(cause: str) -> None:
+    engine, tokens = TieredEngine(), prompt(61, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.fail = lambda job, _chunk, _rank: cause if job.kind == "write" else ""
+    engine.serve("b", prompt(62, 2 * CHUNK + 1))
+    forget_above(engine)
+    engine.plans.clear()
+    assert engine.serve("c", tokens).loads == 1
+    assert {job.kind for plan in engine.plans for job in plan.tiers} == {"fetch"}
+
+
 def test_a_chunk_is_there_only_if_every_rank_has_it() -> None:
     engine, tokens = TieredEngine(ranks=2), prompt(7, 2 * CHUNK + 1)
     engine.fail = lambda job, _chunk, rank: "full" if (job.kind, rank) == ("write", 1) else ""
@@ -376,6 +398,43 @@ def test_a_tier_that_could_not_be_emptied_gives_nothing_until_it_is() -> None:
     engine.serve("e", tokens)
     forget_above(engine)
     assert engine.serve("f", tokens).loads == 1
+
+
+def test_chunks_that_could_not_be_deleted_are_not_found_until_they_are() -> None:
+    engine, tokens = TieredEngine(ranks=2), prompt(56, 2 * CHUNK + 1)
+    engine.serve("a", tokens)
+    engine.serve("other", prompt(57, 2 * CHUNK + 1))
+    chunks = list(engine.chunks_in("disk"))[:2]
+    engine.planner.lower.asks = engine
+    forget_above(engine)
+    engine.drops_fail = True
+    with engine.ledger.lock:
+        engine.planner.lower.drop("disk", chunks)
+    engine.run()
+    engine.planner.check()
+    assert engine.planner.lower.may_be_found("disk", chunks) == []
+    engine.drops_fail, engine.planner.lower.asks = False, None
+    engine.now += EMPTY_AGAIN_SECONDS
+    engine.serve("c", prompt(58, 2))
+    engine.planner.check()
+    assert engine.planner.lower.may_be_found("disk", chunks) == chunks
+    assert not engine.chunks_in("disk") & set(chunks)
+    assert len(engine.chunks_in("disk")) == 2
+
+
+def test_a_write_that_failed_under_another_name_of_the_weights_is_done_under_this_one() -> None:
+    engine = TieredEngine()
+    engine.hold_tiers = True
+    engine.add("a", prompt(59, 2 * CHUNK + 1))
+    for _ in range(10):
+        engine.step()
+    assert any(under.job.kind == "write" for under in engine.under)
+    engine.fail = lambda job, _chunk, _rank: "" if job.generation else "failed"
+    with engine.ledger.lock:
+        engine.planner.lower.rename("shared")
+    engine.hold_tiers = False
+    engine.run()
+    assert len(engine.chunks_in("disk")) == 2
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 8])

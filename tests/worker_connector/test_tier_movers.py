@@ -152,7 +152,7 @@ def test_objects_are_told_sound_from_damaged(rig: Rig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_it_is_told_that_a_tier_could_not_be_emptied(rig: Rig, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+def test_it_is_told_that_copies_could_not_be_deleted(rig: Rig, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
     rig.run("write", [Piece(CHUNKS[0], 0)])
 
     def delete(keys: Sequence[str], _deadline: float) -> list[Outcome]:
@@ -162,7 +162,9 @@ def test_it_is_told_that_a_tier_could_not_be_emptied(rig: Rig, monkeypatch: pyte
 
     monkeypatch.setattr(rig.store, "delete", delete)
     assert rig.run("drop", []).failed == {b"": "unreachable"}
+    assert rig.run("drop", [Piece(CHUNKS[0], -1)]).failed == {CHUNKS[0]: "unreachable"}
     monkeypatch.undo()
+    assert not rig.run("drop", [Piece(CHUNKS[0], -1), Piece(CHUNKS[1], -1)]).failed
     assert not rig.run("drop", []).failed
 
 

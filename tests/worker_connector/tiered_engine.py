@@ -118,7 +118,7 @@ class TieredEngine(Engine):
 
     def _drop(self, under: _Under, result: TierResult) -> None:
         if self.drops_fail:
-            result.failed[b""] = "unreachable"
+            result.failed |= dict.fromkeys([piece.chunk for piece in under.job.pieces] or [b""], "unreachable")
             return
         store, named = self.stores[under.job.tier], {piece.chunk for piece in under.job.pieces}
         for rank, name in list(store):
