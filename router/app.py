@@ -269,6 +269,7 @@ class Gateway:
     def _distrusted(self, worker: Worker) -> None:
         _log.warning("worker %s reused less than predicted again and again: its cache is listed again", worker.name)
         if worker.assumes:
+            worker.relisted("trust")
             self.sent.begin(worker)
         if events := self._event_watchers.get(worker.name):
             events.nudge()

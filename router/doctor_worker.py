@@ -14,6 +14,7 @@ from kv_protocol.hashing import chunk_hashes, root_hash
 from kv_protocol.messages import Hello
 from router.config import WorkerSpec
 from router.errors import ConfigError, InvalidRequest, Unrenderable
+from router.event_probe import examine_events
 from router.findings import Finding, Result
 from router.parity import check_parity
 from router.prompt import PromptBuilder
@@ -89,8 +90,12 @@ class WorkerExam:
             found.append(await self._token_ids(client, base))
         address = self.spec.report_address
         if address is None:
-            fix = "run the engine with the connector, and name its report port, for routing by cache"
-            return [*found, self._say("reports", "skip", "no report port is named", fix)]
+            fix = "run the engine with the connector, and name its report port, for exact routing by cache"
+            return [
+                *found,
+                self._say("reports", "skip", "no report port is named", fix),
+                self._say("events", *await examine_events(client, self.spec)),
+            ]
         return found + await self._examine_reports(client, base, address)
 
     async def _examine_reports(self, client: httpx.AsyncClient, model: str, address: tuple[str, int]) -> list[Finding]:

@@ -162,6 +162,7 @@ class EventWatcher:
         model, size = worker.assumed or ("", 1)
         self._sent.begin(worker)
         self._epochs += 1
+        worker.events_error = ""
         self._history.began(worker.name, f"events {self._epochs}")
         worker.following = Following(source.endpoint, replayed=bool(source.replay))
         return EventChunks(model, size, self._most_blocks)
@@ -201,7 +202,7 @@ class EventWatcher:
         """Batches up to this number are in the index."""
         if self._worker.following is not None:
             self._worker.following.sequence = number
-        self._logged = self._worker.events_error = ""
+        self._logged = ""
 
     def _forget(self) -> None:
         if self._worker.following is not None:

@@ -195,6 +195,10 @@ def _elsewhere(
 
 
 def _never(gateway: "Gateway", worker: Worker, before: float) -> dict[str, Any]:
+    if worker.source == "routed":
+        return _because(
+            "never_sent", f"{worker.name} does not say what it holds, and nothing with this chunk was sent there lately"
+        )
     since = gateway.history.since(worker.name)
     watched = f" in the {_ago(before - since)} it has been watched" if since is not None and since < before else ""
     return _because(
@@ -255,7 +259,7 @@ def _complete(plan: "Plan", namespace: "Namespace") -> str:
 
 
 def _not_watched(worker: Worker) -> str:
-    why = worker.reports_error or "it has no report port"
+    why = worker.reports_error or worker.events_error or "it has no report port"
     return f"nothing is known of {worker.name}'s cache: {why}"
 
 

@@ -26,6 +26,7 @@ CHECKS = {
     "parity": "template and tokenizer give the worker's own tokens",
     "token-ids": "the worker takes token ids in place of text",
     "reports": "the report port answers, lists and beats",
+    "events": "an engine without the connector publishes its KV events where they can be read",
     "chunk-hash": "what the worker computes is reported under the hash expected",
     "cached-tokens": "the worker says how many tokens it reused",
     "index": "the gateway knows what the worker reports",

@@ -203,7 +203,7 @@ class _State(Collector):
             "worker_trust": ("How right predictions have been, 0 to 1", lambda w: w.trust),
             "worker_exact_tokenization": ("Whether tokens equal the worker's own", lambda w: w.parity == "exact"),
             "worker_takes_token_ids": ("Whether token ids are sent along", lambda w: w.takes_token_ids),
-            "worker_index_synced": ("Whether the worker's cache is fully known", lambda w: w.synced),
+            "worker_index_synced": ("Whether the worker's cache is fully known", lambda w: w.knows_all),
         }
         for name, (text, value) in gauges.items():
             family = GaugeMetricFamily(f"warmroute_router_{name}", text, labels=("worker",))

@@ -49,7 +49,11 @@ async def ask_cache(upstream: Upstream, spec: WorkerSpec, unsaid: int) -> Engine
 def read_cache(metrics: str, rank: int = 0) -> EngineCache | None:
     """``vllm:cache_config_info`` of an engine's ``/metrics``; None where it is missing or not understood."""
     lines = _CACHE_INFO.findall(metrics)
-    samples = [s for line in lines for family in text_string_to_metric_families(line + "\n") for s in family.samples]
+    try:
+        families = [family for line in lines for family in text_string_to_metric_families(line + "\n")]
+    except ValueError:
+        return None
+    samples = [sample for family in families for sample in family.samples]
     if not samples:
         return None
     labels: Mapping[str, str] = next(

@@ -191,6 +191,11 @@ class Worker:
             and (self.following is None or not self.following.complete)
         )
 
+    @property
+    def knows_all(self) -> bool:
+        """Whether everything it holds is known."""
+        return self.synced or (self.following is not None and self.following.complete)
+
     def assume(self, namespace: tuple[str, int], chunks: int) -> None:
         """What its chunk hashes descend from, and how many chunks fit, as long as it does not say so itself."""
         self._assumed, self.assumed_chunks = namespace, chunks

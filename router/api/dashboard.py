@@ -1,5 +1,6 @@
 """The dashboard: its page, which holds no data, at ``/dashboard``; and what it shows, for whoever may use ``/admin``."""
 
+import asyncio
 import hashlib
 import re
 from importlib.resources import files
@@ -88,7 +89,8 @@ def add_data(router: APIRouter, gateway: "Gateway") -> None:
     @router.get("/fleet")
     async def fleet(query: Annotated[FleetQuery, Query()], response: Response) -> Any:
         response.headers.update(_UNCACHED)
-        shown = describe_fleet(gateway, query, await gateway.control.in_flight())
+        in_flight, queued = await asyncio.gather(gateway.control.in_flight(), board.queued())
+        shown = describe_fleet(gateway, query, in_flight, queued)
         return {"version": package_version()} | shown
 
     @router.get("/timeline")

@@ -32,6 +32,8 @@ class Board:
                 return self.timeline.rows(float(arguments))
             case "dashboard-decisions":
                 return msgspec.to_builtins(self._own_changes(arguments))
+            case "dashboard-queued":
+                return self._gateway.admission.queued
             case "dashboard-prompts":
                 return msgspec.to_builtins(paths(self.prompts), builtin_types=(bytes,))
             case _:
@@ -44,6 +46,11 @@ class Board:
         for answer in (await self._gateway.control.siblings.ask("dashboard-timeline", seconds)).values():
             rows += answer
         return rows
+
+    async def queued(self) -> int:
+        """Requests that wait to be served, of all processes."""
+        others = await self._gateway.control.siblings.ask("dashboard-queued")
+        return self._gateway.admission.queued + sum(others.values())
 
     async def paths(self) -> list[Prompt]:
         """Of all processes."""

@@ -31,8 +31,9 @@ class FleetQuery(BaseModel):
     limit: int = Field(default=20, ge=1, le=200)
 
 
-def describe_fleet(gateway: "Gateway", query: FleetQuery, in_flight: dict[str, int]) -> dict[str, Any]:
-    """Sums over all workers, and the page of them that was asked for. O(workers)."""
+def describe_fleet(gateway: "Gateway", query: FleetQuery, in_flight: dict[str, int], queued: int) -> dict[str, Any]:
+    """Sums over all workers, and the page of them that was asked for; what is in flight and queued is of all processes.
+    O(workers)."""
     workers = gateway.registry.workers
     wanted = [worker for worker in workers if _matches(worker, query)]
     wanted.sort(key=lambda worker: worker.name)
@@ -44,7 +45,7 @@ def describe_fleet(gateway: "Gateway", query: FleetQuery, in_flight: dict[str, i
         "models": sorted(pool.model for pool in gateway.registry.pools.values()),
         "states": dict(Counter(state_of(worker) for worker in workers)),
         "in_flight": sum(in_flight.values()),
-        "queued": gateway.admission.queued,
+        "queued": queued,
         "tiers": _filled(gateway, workers),
         "matching": len(wanted),
         "workers": [_row(gateway, worker, in_flight) for worker in page],
@@ -135,6 +136,7 @@ def _row(gateway: "Gateway", worker: Worker, in_flight: dict[str, int]) -> dict[
         "report_port": worker.spec.report_address is not None,
         "heartbeat_age_s": round(asyncio.get_running_loop().time() - worker.heartbeat_at, 3) if beat else None,
         "leaving": control.membership.leaving(url),
+        "drained": control.membership.drained(url),
     }
 
 

@@ -82,6 +82,10 @@ class Membership:
         """Whether a worker finishes what it has because nobody claims it any more."""
         return url in self._leaving
 
+    def drained(self, url: str) -> bool:
+        """Whether operators drain a worker, and can take it back."""
+        return url in self._drained
+
     def settle(self, *, at_once: str = "", replaced: Container[str] = ()) -> None:
         """Make the registry as the claims say. ``at_once`` is a URL that is not drained first; at those ``replaced``
         another worker is now than before. O(workers)."""

@@ -196,6 +196,7 @@ def test_simulated_the_fleet_is_summed_and_paged() -> None:
             members.settle()
             held = await gateway.get("/admin/fleet", state="draining")
             assert [worker["why"] for worker in held["workers"]] == ["", "its pod is not ready"]
+            assert [worker["drained"] for worker in held["workers"]] == [True, False], "only one can be taken back"
             members.hold("settings", {})
             members.settle()
             found = await gateway.get("/admin/fleet", search=workers[4].url[-5:].upper())
@@ -315,6 +316,7 @@ def test_every_process_answers_for_all() -> None:
         (path,) = msgspec.msgpack.decode(msgspec.msgpack.encode(await board.on_call("dashboard-prompts", None)))
         assert path == ["m", 16, [b"0" * 16]]
         board.timeline.look()
+        assert await board.on_call("dashboard-queued", None) == 0
         rows = await board.on_call("dashboard-timeline", 60)
         assert len(rows) == 1
 
@@ -325,3 +327,17 @@ def test_the_page_is_in_the_installed_package() -> None:
     held = {item.name for item in files("router.dashboard").joinpath("page").iterdir() if item.is_file()}
     assert {"index.html", "style.css", "app.js", "icon.svg"} <= held
     assert held == set(page_files())
+
+
+def test_what_is_queued_is_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with running_gateway() as gateway:
+            siblings = gateway.gateway.control.siblings
+
+            async def ask(operation: str, *_: Any) -> dict[int, Any]:
+                return {1: 3, 2: 4} if operation == "dashboard-queued" else {}
+
+            monkeypatch.setattr(siblings, "ask", ask)
+            assert (await gateway.get("/admin/fleet"))["queued"] == 7
+
+    run(scenario())

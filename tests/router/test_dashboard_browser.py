@@ -187,6 +187,13 @@ async def drained_and_taken_back(page: Any, gateway: RunningGateway) -> None:
     await page.get_by_role("button", name="Take back b").click()
     await page.get_by_text("b takes requests again.").wait_for()
     assert not b.draining
+    members = gateway.gateway.control.membership
+    members.hold("settings", {b.spec.url: "its pod is not ready"})
+    members.settle()
+    await page.get_by_text("its pod is not ready").wait_for()
+    assert await page.get_by_role("button", name="Take back b").count() == 0, "there is nothing to take back"
+    members.hold("settings", {})
+    members.settle()
     await page.get_by_role("button", name="Clear cache of b").click()
     await page.locator("#dialog-yes").click()
     await page.locator(".toast", has_text="Not done").or_(page.get_by_text("was cleared.")).wait_for()

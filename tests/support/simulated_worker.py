@@ -80,6 +80,9 @@ class SimulatedWorker:
 
         self.generating = {"/v1/chat/completions", "/v1/completions"}
 
+        self.pages: dict[str, Any] = {}
+        """More that it answers to GET: JSON, or text as bytes."""
+
         self.calls: list[Call] = []
         self.operate: Callable[[Call], Reply | None] = lambda call: Reply(call.id, {"operation": call.operation})
         """Answers control requests; with None, never."""
@@ -284,6 +287,8 @@ class SimulatedWorker:
     def _control(self, path: str, body: bytes) -> tuple[int, Any]:
         cards = [{"id": self.model, "object": "model", "max_model_len": self.max_model_len, "root": ""}]
         cards += [{"id": lora, "object": "model", "parent": self.model, "root": "/lora"} for lora in self.loras]
+        if path in self.pages:
+            return 200, self.pages[path]
         match path:
             case "/health":
                 return (200 if self.status < 500 else self.status), {}
@@ -368,7 +373,7 @@ class SimulatedWorker:
         await writer.drain()
 
     def _json(self, writer: asyncio.StreamWriter, status: int, content: Any) -> None:
-        data = json.dumps(content).encode()
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self._head(writer, status, "application/json", len(data))
         writer.write(data)
 

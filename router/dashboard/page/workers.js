@@ -65,7 +65,7 @@ export class Workers {
   }
 
   async drain(worker) {
-    const drain = worker.state !== "draining";
+    const drain = !worker.drained;
     if (drain && !(await ask(`Drain ${worker.name}?`, ["It finishes what it has and gets no further requests until you take it back."], "Drain"))) return;
     await this.act(() => api.post("workers/drain", { worker: worker.name, drain }), drain ? `${worker.name} is draining.` : `${worker.name} takes requests again.`);
   }
@@ -104,7 +104,7 @@ function show(row, worker) {
     h("small", { class: "muted" }, [...running, `${compact(worker.uncached_tokens)} tokens to compute`, ...(worker.gpu_usage ? [`GPU cache ${percent(worker.gpu_usage)} in use`] : [])].join(" · "))]);
   fill(cache, worker.tiers, () => (worker.tiers.length ? h("ul", { class: "tiers" }, worker.tiers.map(occupancy)) : h("span", { class: "muted" }, "not known")));
   fill(trust, [worker.trust, worker.cache_source, worker.synced, worker.predictions, worker.reports_error, Math.round(worker.heartbeat_age_s ?? 0)], () => trusted(worker));
-  const text = worker.state === "draining" ? "Take back" : "Drain";
+  const text = worker.drained ? "Take back" : "Drain"; // one whose pod is not ready drains too, and is nobody's to take back
   fill(row.drain, [text, worker.name], () => [text, h("span", { class: "visually-hidden" }, ` ${worker.name}`)]);
   row.clear.hidden = !worker.report_port;
 }

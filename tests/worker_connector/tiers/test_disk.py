@@ -23,13 +23,14 @@ from worker_connector.chunk_object import HEADER_BYTES, read_header
 from worker_connector.errors import BadObject, ConfigurationError, StoreUnavailable
 from worker_connector.eviction import POLICIES
 from worker_connector.tiers import disk_io
-from worker_connector.tiers.base import Sink, Source, Status
+from worker_connector.tiers.base import Outcome, Sink, Source, Status
 from worker_connector.tiers.breaker import Pauses
 from worker_connector.tiers.disk import DiskSettings, DiskStore
-from worker_connector.tiers.disk_account import Account, LockBusy
+from worker_connector.tiers.disk_account import Account, Held, LockBusy
 from worker_connector.tiers.disk_files import AREAS, QUARANTINE, SUFFIX, Files, parse_name
 from worker_connector.tiers.disk_gate import Gate
 from worker_connector.tiers.disk_index import Index
+from worker_connector.tiers.disk_keeper import Keeper
 from worker_connector.tiers.guarded import Guarded, Limits
 
 MIB = 1 << 20
@@ -760,6 +761,54 @@ def test_failed_writes_leave_nothing(
     assert (outcome.status.value, outcome.cause) == (status, cause)
     assert account_of(store) == before
     assert not list(store.settings.directory.glob("*/*"))
+
+
+def test_an_account_that_cannot_be_written_costs_no_descriptor(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make(rescan_seconds=1e6)
+    assert put(store, 1).ok
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def broken(_held: Held) -> None:
+        raise OSError(errno.EIO, "it is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Held, "finish", broken)
+        for number in range(2, 8):
+            with pytest.raises(StoreUnavailable):
+                put(store, number)
+    assert put(store, 8).ok
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1  # of a shard's directory
+
+
+def test_while_the_directory_is_listed_it_is_read_though_others_wait_to_write(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make()
+    assert put(before, 1).ok
+    go, listing = threading.Event(), Keeper._scan
+
+    def slow(keeper: Keeper) -> None:
+        assert go.wait(60)
+        listing(keeper)
+
+    monkeypatch.setattr(Keeper, "_scan", slow)
+    store = DiskStore(DiskSettings(directory=tmp_path / "cache", max_bytes=64 * MIB))
+    outcomes: list[Outcome] = []
+    numbers = range(2, 10)
+    writer = threading.Thread(
+        target=lambda: outcomes.extend(store.put([name(n) for n in numbers], [source(n) for n in numbers], soon(60)))
+    )
+    writer.start()
+    time.sleep(0.1)
+    try:
+        assert load(store, 1) == content(1)
+        assert not outcomes
+    finally:
+        go.set()
+        writer.join(60)
+        store.close()
+    assert len(outcomes) == 8
+    assert all(each.ok for each in outcomes)
 
 
 def test_a_write_error_is_the_stores(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
