@@ -50,7 +50,7 @@ class Board:
     async def queued(self) -> int:
         """Requests that wait to be served, of all processes."""
         others = await self._gateway.control.siblings.ask("dashboard-queued")
-        return self._gateway.admission.queued + sum(others.values())
+        return self._gateway.admission.queued + sum(map(int, others.values()))
 
     async def paths(self) -> list[Prompt]:
         """Of all processes."""
