@@ -136,6 +136,9 @@ class DiskStore(Store):
         return outcomes
 
     def put(self, keys: Sequence[str], values: Sequence[Source], deadline: float, ttl: float = 0.0) -> list[Outcome]:
+        if self._gate.is_open:
+            # Here and not on the tier's threads, which read meanwhile.
+            self._keeper.scanned.wait(max(0.0, deadline - time.monotonic()))
         lent = [value.lend() for value in values]
         works = [partial(self._put, key, source, ttl, deadline) for key, source in zip(keys, lent, strict=True)]
         outcomes = self._run(works, lent, deadline)
@@ -252,7 +255,7 @@ class DiskStore(Store):
             return refused(self._gate.cause, self._gate.reason)
         if source.size > self._space.largest:
             return refused("size", f"an object of {source.size} bytes is larger than the tier")
-        if not self._keeper.scanned.wait(max(0.0, deadline - time.monotonic())):
+        if not self._keeper.scanned.is_set():
             return failed("scanning", "the directory has not been listed yet")
         expires = _expires(source, ttl or self.settings.ttl)
         try:

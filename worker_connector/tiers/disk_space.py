@@ -29,11 +29,11 @@ class NoRoom(Exception):
 class Temporary:
     """An object on its way in: an open, locked file under a name that no reader looks for."""
 
-    fd: int
-    name: str
     unit: bytes
     part: str
     size: int
+    fd: int = -1
+    name: str = ""
 
     def close(self) -> None:
         """Close the descriptor, once: later its number is another file's."""
@@ -72,13 +72,17 @@ class Space:
             LockBusy: others worked on the directory until the deadline.
             OSError: the disk failed, or is full.
         """
-        area = self._files.area_of(unit)
-        with self.account.hold(deadline) as held:
-            self._make_room(held, charge(size))
-            held.mark(area)
-            fd, name = self._files.create(unit, part, size, flags)
-            held.add(area, charge(size))
-            return Temporary(fd=fd, name=name, unit=unit, part=part, size=size)
+        area, made = self._files.area_of(unit), Temporary(unit=unit, part=part, size=size)
+        try:
+            with self.account.hold(deadline) as held:
+                self._make_room(held, charge(size))
+                held.mark(area)
+                made.fd, made.name = self._files.create(unit, part, size, flags)
+                held.add(area, charge(size))
+        except BaseException:
+            made.close()  # not locked any more, it goes when its shard is counted
+            raise
+        return made
 
     def commit(self, made: Temporary, expires: float, deadline: float) -> None:
         """Make a written object visible.
