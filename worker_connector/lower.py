@@ -372,6 +372,12 @@ class LowerTiers:
             self._emptying[tier] = number
         self._send(tier, "drop", [(Piece(chunk, -1), None) for chunk in chunks])
 
+    def delete(self, chunks: Sequence[bytes]) -> None:
+        """Delete every tier's copies of these chunks, also those that are being written."""
+        for tier, writing in self._writing.items():
+            if there := [chunk for chunk in chunks if chunk in writing or tier in self._ledger.below(chunk)]:
+                self.drop(tier, there)
+
     def _delete_again(self, now: float) -> None:
         for name in [name for name, due in self._empty_again.items() if due <= now]:
             self.drop(name)

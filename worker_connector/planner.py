@@ -125,7 +125,7 @@ class Planner:
             load_or_compute=config.load_or_compute,
             clock=clock,
         )
-        self._shadow = Shadow(ledger, self.stats, config.shadow_check)
+        self._shadow = Shadow(ledger, self.stats, config.shadow_check, delete=self.lower.delete)
         self._saves = Saves(
             ledger,
             groups,

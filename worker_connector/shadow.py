@@ -9,7 +9,7 @@ counts is the difference's share of the whole, as the norm of all values of a ch
 
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -37,9 +37,19 @@ class Check:
 
 
 class Shadow:
-    """``share`` of the requests with a hit are checked. Everything here runs under the ledger's lock."""
+    """``share`` of the requests with a hit are checked. ``delete`` is told the chunks that proved wrong: their copies in lower
+    tiers are no better. Everything here runs under the ledger's lock."""
 
-    def __init__(self, ledger: Ledger, stats: Stats, share: float, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        stats: Stats,
+        share: float,
+        rng: random.Random | None = None,
+        *,
+        delete: Callable[[list[bytes]], object] = lambda _chunks: None,
+    ) -> None:
+        self._delete = delete
         self._ledger = ledger
         self._stats = stats
         self._share = share
@@ -72,23 +82,28 @@ class Shadow:
 
     def end(self, checks: Iterable[Check], found: Mapping[int, float], *, failed: bool) -> None:
         """The slots were compared on every rank; ``found`` is the largest difference for each slot that held a chunk."""
+        wrong = []
         for check in checks:
             self._under_way -= 1
             self._ledger.abandon(check.again)
             self._ledger.unpin(check.held)
-            if not failed and (difference := found.get(check.held.index)) is not None:
-                self._judge(check.held, difference)
+            difference = None if failed else found.get(check.held.index)
+            if difference is not None and not self._is_same(check.held, difference):
+                wrong.append(check.held.chunk)
+        if wrong:
+            self._delete(wrong)
 
-    def _judge(self, held: Slot, difference: float) -> None:
+    def _is_same(self, held: Slot, difference: float) -> bool:
         self._stats.add("compared_chunks", 1)
         if difference <= DIFFERENT:
-            return
+            return True
         self._stats.add("different_chunks", 1)
         _log.error(
-            "Chunk %s of the CPU tier differs from what was computed again by %.0f %% of its norm, and is dropped. Did the "
-            "weights change without a reset, or does memory lose bits (set verify)?",
+            "Chunk %s of the CPU tier differs from what was computed again by %.0f %% of its norm, and is dropped from every "
+            "tier. Did the weights change without a reset, or does memory lose bits (set verify)?",
             held.chunk.hex(),
             100 * difference,
         )
         if not held.forgotten:
             self._ledger.forget(held.chunk)
+        return False

@@ -6,6 +6,8 @@ import random
 import pytest
 
 from tests.worker_connector.scripted_engine import CHUNK, Engine, prompt
+from tests.worker_connector.tiered_engine import TieredEngine
+from worker_connector.lower import TierRules
 
 
 def figure(engine: Engine, name: str) -> float:
@@ -35,6 +37,26 @@ def test_what_differs_is_told_and_dropped(caplog: pytest.LogCaptureFixture) -> N
     assert figure(engine, "different_chunks") == 4
     assert "differs from what was computed again by 200 % of its norm" in caplog.text
     assert engine.ledger.content()["cpu"] == []
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_what_differs_is_deleted_below_too(writing: bool) -> None:
+    engine = TieredEngine(blocks=200, shadow_check=1.0, rules=(TierRules(name="disk"), TierRules(name="remote")))
+    engine.hold_tiers = writing
+    engine.add("first", prompt(1, 4 * CHUNK + 3))
+    for _ in range(20):
+        engine.step()
+    engine.reset_prefix_cache()
+    engine.weights = 1  # and nobody told the connector
+    engine.add("second", prompt(1, 4 * CHUNK + 3))
+    for _ in range(20):
+        engine.step()
+    engine.hold_tiers = False
+    engine.run()
+    assert figure(engine, "different_chunks") == 4
+    assert not any(engine.ledger.counts().values())
+    assert not engine.chunks_in("disk") | engine.chunks_in("remote")
+    engine.planner.check()
 
 
 def test_without_the_check_everything_is_loaded() -> None:
