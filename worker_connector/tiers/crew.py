@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -106,8 +107,10 @@ class Crew:
         if self._idle:
             self._wake.notify()
         if len(self._queue) > self._idle and self._threads - self._hung < self._size and self._threads < 2 * self._size:
-            self._threads += 1
-            threading.Thread(target=self._serve, name=f"warmroute-{self._name}", daemon=True).start()
+            # Where the system has no thread to spare, those that are there do the work, or the next job tries again.
+            with suppress(RuntimeError):
+                threading.Thread(target=self._serve, name=f"warmroute-{self._name}", daemon=True).start()
+                self._threads += 1
 
     def _serve(self) -> None:
         while self._serve_one():

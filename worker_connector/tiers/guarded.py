@@ -271,7 +271,10 @@ class Guarded(Store):
         if not self._breaker.failed(ticket, error.cause, _without_name(error)):
             return
         self._report_failure(error)
-        threading.Thread(target=self._recover, name=f"warmroute-probe-{self.name}", daemon=True).start()
+        try:
+            threading.Thread(target=self._recover, name=f"warmroute-probe-{self.name}", daemon=True).start()
+        except RuntimeError:  # the system has no thread to spare: the next operation finds out
+            self._breaker.answered()
 
     def _recover(self) -> None:
         probes = Crew(f"probe-{self.name}", _PROBES, 1)

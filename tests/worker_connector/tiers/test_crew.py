@@ -37,6 +37,22 @@ def test_no_more_than_its_size_run_at_once_and_no_more_than_its_queue_wait() -> 
         crew.submit(lambda: None)
 
 
+def test_a_system_without_a_thread_to_spare_does_not_end_the_crew(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew("test", 2, 8)
+
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        jobs = [crew.submit(lambda: 1) for _ in range(4)]
+        assert not crew.wait(jobs[0], time.monotonic())
+    last = crew.submit(lambda: 2)
+    assert crew.wait(last, time.monotonic() + 10)
+    assert all(crew.wait(job, time.monotonic() + 10) for job in jobs[1:])
+    crew.close()
+
+
 def test_hung_jobs_do_not_stop_others_and_are_bounded() -> None:
     crew, go = Crew("test", 2, 8), threading.Event()
     hang: Callable[[], object] = lambda: go.wait(20)  # noqa: E731 - the same call many times

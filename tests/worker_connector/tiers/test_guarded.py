@@ -13,7 +13,7 @@ import pytest
 from tests.worker_connector.tiers.scripted import ScriptedStore
 from tests.worker_connector.tiers.servers import Proxy, RedisServer, command, eventually, needs_redis, payload, soon
 from worker_connector.errors import StoreUnavailable
-from worker_connector.tiers.base import LoanEnded, Sink, Source, Status, failed
+from worker_connector.tiers.base import MISSING, LoanEnded, Sink, Source, Status, failed
 from worker_connector.tiers.breaker import Pauses
 from worker_connector.tiers.filesystem import DirectorySettings, DirectoryStore
 from worker_connector.tiers.guarded import Guarded, Limits
@@ -208,6 +208,26 @@ def test_several_calls_that_fail_as_a_whole_open_it(inner: ScriptedStore, store:
         assert get(store) is Status.FAILED
     assert store.state == "open"
     assert cause(lambda: get(store)) == "paused"
+
+
+def test_it_serves_again_also_where_no_thread_could_be_had_to_find_out(
+    inner: ScriptedStore, store: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def none_to_spare(thread: threading.Thread) -> None:
+        if "probe" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    inner.error = ConnectionError("away")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_to_spare)
+        with pytest.raises(StoreUnavailable):
+            store.exists(["k"], soon())
+    inner.error = None
+    assert store.exists(["k"], soon()) == [MISSING]
+    assert store.state == "closed"
 
 
 def test_the_log_names_cause_and_recovery_once(
