@@ -31,7 +31,8 @@ class FetchPace:
 
     def front(self, now: float) -> float:
         """Seconds until what is under way is fetched."""
-        return max(0.0, self._busy_until - now) if self.jobs else 0.0
+        # What ended early or was withdrawn keeps nobody waiting, so no more than what is still under way takes.
+        return max(0.0, min(self._busy_until - now, self.nbytes * self._seconds_per_byte.value))
 
     def seconds(self, nbytes: int, now: float, *, behind: bool = True) -> float:
         """Predicted time until ``nbytes`` that are asked for now are there, ``behind`` what is under way or not counting that."""

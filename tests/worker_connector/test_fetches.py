@@ -305,6 +305,22 @@ def test_a_pace_is_that_of_the_tier_without_the_queue() -> None:
     assert not pace.is_known(now + 100)
 
 
+def test_what_was_withdrawn_is_in_nobodys_way() -> None:
+    pace = FetchPace()
+    for _ in range(5):
+        pace.sent(MIB, 0.0)
+        pace.ended(MIB)
+        pace.observe(MIB, 1.0, 1.0, 0.0, 0.0)
+    for _ in range(10):
+        pace.sent(MIB, 1.0)
+    assert pace.front(1.0) == pytest.approx(10.0)
+    for _ in range(9):
+        pace.ended(MIB)
+    assert pace.front(1.0) == pytest.approx(1.0)
+    pace.ended(MIB)
+    assert not pace.front(1.0)
+
+
 def test_a_tier_that_was_measured_long_ago_is_tried_again() -> None:
     engine, prompts = written(1, 6, load_or_compute=True)
     known(engine, prefill=0.001, fetch=1.0)
