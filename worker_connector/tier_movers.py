@@ -9,6 +9,7 @@ and after the answer nothing touches its slots any more.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -180,7 +181,7 @@ class TierMovers:
         self._fetches = 0
         self._stop = threading.Event()
         self._said = Said()
-        self._bad = 0
+        self._bad: Counter[str] = Counter()
         self._threads = {
             (name, reads): ThreadPoolExecutor(1, f"warmroute-{name}-{'fetch' if reads else 'write'}")
             for name in tiers
@@ -491,9 +492,15 @@ class TierMovers:
 
     def _discard(self, store: Store, bad: Mapping[str, str]) -> None:
         key, reason = next(iter(bad.items()))
-        self._bad += len(bad)
+        self._bad[store.name] += len(bad)
         if self._said.anew(store.name):
-            _log.error("%s: the copy %s is bad and is discarded: %s (%d so far)", store.name, key, reason, self._bad)
+            _log.error(
+                "%s: the copy %s is bad and is discarded: %s (%d so far)",
+                store.name,
+                key,
+                reason,
+                self._bad[store.name],
+            )
         try:
             store.discard(list(bad), next(iter(bad.values())), time.monotonic() + _DISCARD_SECONDS)
         except StoreUnavailable as error:

@@ -19,6 +19,7 @@ from worker_connector.tier_movers import Shape, Tier, TierMovers
 from worker_connector.tier_stores import is_sound
 from worker_connector.tiers.base import Outcome, Status, Store
 from worker_connector.tiers.disk import DiskSettings, DiskStore
+from worker_connector.tiers.said import Said
 
 SLOTS, SLOT_BYTES, PAYLOAD = 8, 12_288, 9_000
 SECTIONS = (Section(0, 16, 4, 0, 6_000), Section(1, 16, 4, 0, 3_000))
@@ -316,6 +317,20 @@ def test_damage_is_said_once_however_much_there_is(rig: Rig, tmp_path: Path, cap
     fetched = rig.run("fetch", pieces)
     assert set(fetched.failed.values()) == {"bad"}
     assert len([record for record in caplog.records if "is bad" in record.getMessage()]) == 1
+
+
+def test_damage_is_counted_over_all_jobs(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rig.movers, "_said", Said(0.0))
+    for slot, chunk in enumerate(CHUNKS[:3]):
+        rig.run("write", [Piece(chunk, slot)])
+        (path,) = objects(tmp_path / "cache")
+        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        assert rig.run("fetch", [Piece(chunk, slot)]).failed == {chunk: "bad"}
+        for moved in (tmp_path / "cache" / "quarantine").iterdir():
+            moved.unlink()
+    assert [record.getMessage()[-10:] for record in caplog.records] == ["(1 so far)", "(2 so far)", "(3 so far)"]
 
 
 class ChangesAtOnce:
