@@ -290,11 +290,19 @@ class Control:
     async def _look_around(self) -> None:
         state = await self._store.read()
         now = time.monotonic()
-        idle = {url for url in state.removed if not self.membership.origin_of(url)}
-        if state.without_expired(now) is not state or idle:
-            state = await self._store.update(lambda held: _tidied(held, now, idle))
+        gone = self._gone(state)
+        if state.without_expired(now) is not state or gone:
+            state = await self._store.update(lambda held: _tidied(held, now, gone))
         if state is not self.state or self.membership.problems:
             self._settle(state)
+
+    def _gone(self, state: AdminState) -> set[str]:
+        """URLs that operators removed or drain, and that nobody names any more: what comes to be there is another worker.
+        None while a name, or the API of Kubernetes, was not heard yet."""
+        if any(watch.answered_at is None for watch in self.watches):
+            return set()
+        unclaimed = {url for url in state.removed | state.drained if not self.membership.origin_of(url)}
+        return {url for url in unclaimed - state.workers.keys() if self._gateway.registry.find(url) is None}
 
     async def _watch_file(self) -> None:
         while True:
@@ -405,9 +413,11 @@ def open_files() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _tidied(state: AdminState, now: float, idle: set[str]) -> AdminState:
+def _tidied(state: AdminState, now: float, gone: set[str]) -> AdminState:
     kept = state.without_expired(now)
-    return kept.replace(removed=kept.removed - idle) if kept.removed & idle else kept
+    if not (kept.removed | kept.drained) & gone:
+        return kept
+    return kept.replace(removed=kept.removed - gone, drained=kept.drained - gone)
 
 
 def apply_settings(gateway: "Gateway", settings: Settings) -> None:

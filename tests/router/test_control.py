@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from router import control
+from router.admin_state import AdminState
 from router.config import load
 from router.control import Control
+from router.discovery.dns import NameWatch
+from router.discovery.names import DnsSpec
 from router.reload import RELOADABLE, Reloader, Sources
 from tests.support.simulated_worker import RunningGateway, SimulatedWorker, run, running_gateway, until
 
@@ -233,10 +236,51 @@ def test_simulated_removed_and_drained_by_hand_outlast_a_reload(
 
             write(file, "workers: []\n")
             await until(lambda: names() == ["c"])
-            await until(lambda: not inner.control.state.removed)
+            await until(lambda: not inner.control.state.removed and not inner.control.state.drained)
             write(file, both)
             await until(lambda: names() == ["a", "b", "c"])
+            assert not (await gateway.worker("b"))["draining"], "nobody drained the one that is there now"
         await c.kill()
+
+    run(scenario())
+
+
+def test_simulated_a_worker_that_left_and_comes_again_is_drained_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was told to leave by ``warmroute drain`` is another when it registers after its restart."""
+    monkeypatch.setattr(control, "TICK_S", 0.05)
+
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        async with running_gateway(drain_timeout=5) as gateway:
+            inner, client = gateway.gateway, gateway.client
+            body = {"url": worker.url, "reports": "none", "name": "b", "ttl": 60}
+            await client.post("/admin/workers", json=body)
+            await client.post("/admin/workers/drain", json={"worker": "b"})
+            for _ in range(3):
+                await inner.control._look_around()
+            assert (await gateway.worker("b"))["draining"], "it is still there"
+            await client.post("/admin/workers", json={**body, "ttl": 0.001})
+            await until(lambda: not inner.registry.workers and not inner.control.state.drained)
+            await client.post("/admin/workers", json=body)
+            assert not (await gateway.worker("b"))["draining"]
+        await worker.kill()
+
+    run(scenario())
+
+
+def test_what_operators_said_waits_for_whoever_looks_for_workers() -> None:
+    """A process that has just started knows no worker yet, and does not speak for the others."""
+
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker().start()) as gateway:
+            inner = gateway.gateway.control
+            unheard = NameWatch(DnsSpec.parse("dns://nowhere:1"), lambda _: None, interval=60, timeout=1)
+            state = AdminState(removed=frozenset({"http://a"}), drained=frozenset({"http://b"}))
+            assert inner._gone(state) == {"http://a", "http://b"}
+            inner._names[unheard.spec] = unheard, asyncio.create_task(asyncio.sleep(0))
+            assert inner._gone(state) == set()
+            unheard.answered_at = 1.0
+            assert inner._gone(state) == {"http://a", "http://b"}
 
     run(scenario())
 
