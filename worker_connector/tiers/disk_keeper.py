@@ -58,6 +58,7 @@ class Keeper:
 
     def stop(self) -> None:
         self._stop.set()
+        self.scanned.set()  # whoever waits for a listing waits no longer; the store is closed
 
     def _run(self) -> None:
         began = time.monotonic()

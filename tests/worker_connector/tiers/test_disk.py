@@ -811,6 +811,25 @@ def test_while_the_directory_is_listed_it_is_read_though_others_wait_to_write(
     assert all(each.ok for each in outcomes)
 
 
+def test_closing_ends_the_wait_for_a_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Keeper, "_scan", lambda keeper: keeper._stop.wait(60))
+    store = DiskStore(DiskSettings(directory=tmp_path / "cache", max_bytes=64 * MIB))
+    causes: list[str] = []
+
+    def write() -> None:
+        try:
+            put(store, 1, 60.0)
+        except StoreUnavailable as error:
+            causes.append(error.cause)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    time.sleep(0.1)
+    store.close()
+    writer.join(30)
+    assert causes == ["closed"]
+
+
 def test_a_write_error_is_the_stores(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make()
     with monkeypatch.context() as patch:
