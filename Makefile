@@ -122,7 +122,7 @@ lock: $(SUPPLY)
 	$(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(UPGRADE) \
 		--extra dev pyproject.toml -o $(LOCK)
 	$(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(UPGRADE) \
-		-c $(LOCK) --extra k8s --extra otel --extra srv pyproject.toml -o $(IMAGE_LOCK)
+		-c $(LOCK) --extra events --extra k8s --extra otel --extra srv pyproject.toml -o $(IMAGE_LOCK)
 
 sbom: $(SUPPLY)
 	mkdir -p dist

@@ -194,7 +194,7 @@ class Gateway:
         tasks = self._tasks.pop(worker.name, [])
         for task in tasks:
             task.cancel()
-        worker.following = None
+        worker.follow(None)
         self.sent.forget(worker)
         self.index.drop(worker.name)
         for prompts in self.prompts.values():

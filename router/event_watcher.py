@@ -164,7 +164,7 @@ class EventWatcher:
         self._epochs += 1
         worker.events_error = ""
         self._history.began(worker.name, f"events {self._epochs}")
-        worker.following = Following(source.endpoint, replayed=bool(source.replay))
+        worker.follow(Following(source.endpoint, replayed=bool(source.replay)))
         return EventChunks(model, size, self._most_blocks)
 
     async def take(self, chunks: EventChunks, payload: bytes) -> None:
@@ -206,7 +206,7 @@ class EventWatcher:
 
     def _forget(self) -> None:
         if self._worker.following is not None:
-            self._worker.following = None
+            self._worker.follow(None)
             self._sent.begin(self._worker)
 
     def _note(self, text: str) -> None:

@@ -97,7 +97,7 @@ _APART = (
     "prefill and decode apart are made by the overlay deploy/kubernetes/overlays/disaggregated: see docs/kubernetes.md"
 )
 _BATCHES = "files and batches are not served here: vllm run-batch computes a file of requests"
-_EVENTS = "workers report through the connector: start them with warmroute worker; one without it is --worker URL,reports=none"
+_EVENTS = "engines say themselves where their KV events are; otherwise say it with the worker: --worker URL,events=HOST:PORT,replay=HOST:PORT"
 
 REFUSED = {
     "--static-aliases": "give the served names to vLLM: --served-model-name NAME ALIAS",

@@ -189,6 +189,7 @@ class _State(Collector):
         yield self._breakers()
         yield self._ages()
         yield self._sources()
+        yield self._synced()
         yield self._chunks()
         yield self._relists()
 
@@ -203,7 +204,6 @@ class _State(Collector):
             "worker_trust": ("How right predictions have been, 0 to 1", lambda w: w.trust),
             "worker_exact_tokenization": ("Whether tokens equal the worker's own", lambda w: w.parity == "exact"),
             "worker_takes_token_ids": ("Whether token ids are sent along", lambda w: w.takes_token_ids),
-            "worker_index_synced": ("Whether the worker's cache is fully known", lambda w: w.knows_all),
         }
         for name, (text, value) in gauges.items():
             family = GaugeMetricFamily(f"warmroute_router_{name}", text, labels=("worker",))
@@ -241,6 +241,14 @@ class _State(Collector):
         family = GaugeMetricFamily("warmroute_router_worker_cache_source", text, labels=("worker", "source"))
         for worker in self._workers.workers:
             family.add_metric((worker.name, worker.source), 1)
+        return family
+
+    def _synced(self) -> Metric:
+        text = "Whether the worker's cache is fully known"
+        family = GaugeMetricFamily("warmroute_router_worker_index_synced", text, labels=("worker",))
+        for worker in self._workers.workers:
+            if worker.knows_all or worker.spec.report_address is not None:
+                family.add_metric((worker.name,), worker.knows_all)
         return family
 
     def _chunks(self) -> Metric:

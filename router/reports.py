@@ -256,7 +256,8 @@ class Watcher:
             raise _Relist("digest")
 
     def _forget(self) -> None:
-        self._index.drop(self._worker.name)
+        if self._worker.hello is not None:  # else the index has what was learnt otherwise
+            self._index.drop(self._worker.name)
         self._worker.forget_reports()
 
     def _note(self, error: Exception) -> None:

@@ -199,8 +199,18 @@ class Worker:
     def assume(self, namespace: tuple[str, int], chunks: int) -> None:
         """What its chunk hashes descend from, and how many chunks fit, as long as it does not say so itself."""
         self._assumed, self.assumed_chunks = namespace, chunks
-        if self._hello is None and not self.epochs:
-            self.namespace = namespace
+        self._name_chunks()
+
+    def follow(self, following: Following | None) -> None:
+        """Its KV events are being followed, or no longer."""
+        self.following = following
+        self._name_chunks()
+
+    def _name_chunks(self) -> None:
+        if self._hello is not None:
+            self.namespace = (self._hello.model, self._hello.chunk_size)
+        else:
+            self.namespace = self._assumed if self.source != "none" else None
 
     @property
     def assumed(self) -> tuple[str, int] | None:
@@ -219,10 +229,7 @@ class Worker:
     @hello.setter
     def hello(self, hello: Hello | None) -> None:
         self._hello = hello
-        if hello is not None:
-            self.namespace = (hello.model, hello.chunk_size)
-        else:
-            self.namespace = None if self.epochs else self._assumed
+        self._name_chunks()
 
     @property
     def weight(self) -> int:

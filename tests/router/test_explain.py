@@ -118,11 +118,22 @@ def test_simulated_salts_and_adapters_are_named_as_the_reason() -> None:
 def test_simulated_unwatched_workers_and_short_prompts() -> None:
     async def scenario() -> None:
         a, b = await SimulatedWorker().start(), await SimulatedWorker(reports=False).start()
-        async with running_gateway(a, b) as gateway:
+        async with running_gateway(a, b, assumed_cache_tokens=0) as gateway:
             assert (await ends(gateway))["b"]["cause"] == "not_watched"
             short = (await ends(gateway, messages=[{"role": "user", "content": "x"}]))["a"]
             assert short["cause"] == "complete"
             assert f"do not fill one chunk of {CHUNK}" in short["why"]
+
+    run(scenario())
+
+
+def test_simulated_a_worker_that_says_nothing_is_explained_by_what_was_sent() -> None:
+    async def scenario() -> None:
+        async with running_gateway(await SimulatedWorker(reports=False).start()) as gateway:
+            messages = [{"role": "user", "content": TEXT * 9}]
+            assert (await ends(gateway, messages=messages))["a"]["cause"] == "never_sent"
+            await gateway.chat(TEXT * 9)
+            assert (await ends(gateway, messages=messages))["a"]["cause"] == "complete"
 
     run(scenario())
 

@@ -185,20 +185,6 @@ def test_simulated_large_snapshot_leaves_the_loop_free() -> None:
     run(scenario())
 
 
-def test_simulated_worker_without_the_connector_is_routed_by_load() -> None:
-    async def scenario() -> None:
-        plain = await SimulatedWorker(reports=False).start()
-        async with running_gateway(plain) as gateway:
-            answer = await gateway.chat(TEXT)
-            assert answer.status_code == 200
-            assert answer.headers["x-warmroute-reason"].startswith("no hit; least loaded")
-            seen = await gateway.worker("a")
-            assert (seen["cache_source"], seen["routed_by"]) == ("none", "load only")
-            assert await gateway.metric('warmroute_router_worker_cache_source{source="none",worker="a"}') == 1
-
-    run(scenario())
-
-
 def test_simulated_strange_messages_end_the_stream_not_the_gateway() -> None:
     async def scenario() -> None:
         worker = await SimulatedWorker().start()
