@@ -107,7 +107,7 @@ class Warmup:
     async def _send_all(self, worker: Worker, bodies: list[dict[str, Any]]) -> None:
         began, sent, failures = time.monotonic(), 0, 0
         for body in bodies:
-            if worker.draining or failures == _FAILURES_IN_A_ROW:
+            if worker.departing or failures == _FAILURES_IN_A_ROW:
                 break
             failures = 0 if await self._send(worker, body) else failures + 1
             sent += not failures

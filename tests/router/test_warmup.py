@@ -8,6 +8,7 @@ import pytest
 
 from router.app import Gateway
 from router.config import load
+from router.discovery.names import NOT_READY, TERMINATING
 from router.errors import ConfigError
 from router.warmup import read_prompts
 from tests.support.simulated_worker import SimulatedWorker, run, running_gateway, until
@@ -80,6 +81,32 @@ def test_simulated_workers_are_warmed_up_when_they_come_and_when_they_are_anothe
             await until(lambda: len(sent(worker)) == 4)
             await until(lambda: gateway.gateway.registry.workers[0].up)
             assert await gateway.metric('warmroute_router_warmup_prompts_total{result="ok"}') >= 5
+
+    run(scenario())
+
+
+def test_a_simulated_worker_whose_pod_is_not_ready_yet_is_warmed_up_before_it_is(tmp_path: Path) -> None:
+    """The router hears of a restarted engine before the kubelet does; one that leaves is not warmed up."""
+    path = write(tmp_path / "prompts.jsonl", "a text", "another")
+
+    async def scenario() -> None:
+        worker, leaver = await SimulatedWorker().start(), await SimulatedWorker().start()
+        async with running_gateway(worker, leaver, warmup_prompts=path) as gateway:
+            await until(lambda: len(sent(worker)) == len(sent(leaver)) == 2)
+            members, registry = gateway.gateway.control.membership, gateway.gateway.registry
+            members.hold("settings", {leaver.url: TERMINATING, worker.url: NOT_READY})
+            members.settle()
+            for each in (leaver, worker):
+                await each.kill()
+            await until(lambda: not any(held.up for held in registry.workers))
+            for each in (leaver, worker):
+                await each.restart()
+            await until(lambda: len(sent(worker)) == 4)
+            assert all(held.draining for held in registry.workers)
+            await until(lambda: all(held.up and held.synced for held in registry.workers))
+            assert len(sent(leaver)) == 2
+        await worker.kill()
+        await leaver.kill()
 
     run(scenario())
 
