@@ -141,6 +141,9 @@ REFUSED = {
 }
 """Flag of what is had otherwise, or not at all -> the cure."""
 
+_FLAG = re.compile(r"-\D")
+"""How a flag begins; a negative number is a value."""
+
 _DISCOVERY = {
     "static": "workers are named by --worker",
     "k8s": "pods are found where --kubernetes-selector is given",
@@ -194,7 +197,7 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, list[str], list[str]
     at = 0
     while at < len(arguments):
         end = at + 1
-        while end < len(arguments) and not arguments[end].startswith("-"):
+        while end < len(arguments) and not _FLAG.match(arguments[end]):
             end += 1
         name, equals, value = arguments[at].partition("=")
         flag = name.replace("_", "-")

@@ -48,6 +48,12 @@ def test_a_command_line_of_vllm_router_is_understood() -> None:
     ]
 
 
+def test_a_negative_number_is_a_value() -> None:
+    """Elsewhere -1 is no limit; our own check says what is one here."""
+    given = ["--max-concurrent-requests", "-1", "--queue-size", "5"]
+    assert translate(given).arguments == ["--max-in-flight", "-1", "--max-queue", "5"]
+
+
 @pytest.mark.parametrize(
     ("given", "cure"),
     [
