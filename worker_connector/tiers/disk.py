@@ -59,7 +59,8 @@ _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 class DiskSettings:
     """``direct`` bypasses the page cache; None does where the filesystem can. ``fsync`` makes an object survive a loss
     of power once it is stored; without it, such a loss may leave damaged objects, which readers refuse. ``ttl`` in
-    seconds, 0 for ever. The directory is listed again bit by bit, all of it every ``rescan_seconds``."""
+    seconds, 0 for ever. Up to ``threads`` read at once, and as many write. The directory is listed again bit by bit, all of
+    it every ``rescan_seconds``."""
 
     directory: Path
     max_bytes: int
@@ -116,6 +117,8 @@ class DiskStore(Store):
         self.max_object_bytes = self._space.largest
         self._gate = Gate()
         self._crew = Crew(f"{self.name}-io", settings.threads, _WAITING)
+        # Nobody waits for what is written, and what is read does not queue behind it.
+        self._writers = Crew(f"{self.name}-write-io", settings.threads, _WAITING)
         self._closed = False
         self._keeper = Keeper(
             self.name,
@@ -131,17 +134,17 @@ class DiskStore(Store):
     def get(self, keys: Sequence[str], into: Sequence[Sink], deadline: float) -> list[Outcome]:
         lent = [sink.lend() for sink in into]
         works = [partial(self._get, *each, deadline) for each in zip(keys, into, lent, strict=True)]
-        outcomes = self._run(works, lent, deadline)
+        outcomes = self._run(self._crew, works, lent, deadline)
         self._index.touch(_good_units(keys, outcomes))
         return outcomes
 
     def put(self, keys: Sequence[str], values: Sequence[Source], deadline: float, ttl: float = 0.0) -> list[Outcome]:
         if self._gate.is_open:
-            # Here and not on the tier's threads, which read meanwhile.
+            # Here, so that it ends when the store is closed.
             self._keeper.scanned.wait(max(0.0, deadline - time.monotonic()))
         lent = [value.lend() for value in values]
         works = [partial(self._put, key, source, ttl, deadline) for key, source in zip(keys, lent, strict=True)]
-        outcomes = self._run(works, lent, deadline)
+        outcomes = self._run(self._writers, works, lent, deadline)
         self._index.refresh(_good_units(keys, outcomes))
         return outcomes
 
@@ -159,15 +162,16 @@ class DiskStore(Store):
     def scan(self, cursor: str, deadline: float, limit: int = 1000) -> Page:
         """Shard by shard, as the directory is now, whoever wrote what is in it."""
         area = self._area_of(cursor)
-        return self._wait(self._submit(partial(self._page, area, limit)), deadline)
+        return self._wait(self._submit(self._crew, partial(self._page, area, limit)), deadline)
 
     def ping(self, deadline: float) -> None:
-        self._wait(self._submit(partial(self._probe, deadline)), deadline)
+        self._wait(self._submit(self._crew, partial(self._probe, deadline)), deadline)
 
     def close(self) -> None:
         self._closed = True
         self._keeper.stop()
         self._crew.close()
+        self._writers.close()
 
     # ---- beyond the interface -----------------------------------------------------------------------------------
 
@@ -341,10 +345,12 @@ class DiskStore(Store):
 
     # ---- on the tier's threads ----------------------------------------------------------------------------------
 
-    def _run(self, works: Sequence[Callable[[], Outcome]], lent: Sequence[Loan], deadline: float) -> list[Outcome]:
+    def _run(
+        self, crew: Crew, works: Sequence[Callable[[], Outcome]], lent: Sequence[Loan], deadline: float
+    ) -> list[Outcome]:
         try:
-            jobs = [self._submit(partial(_outcome, work)) for work in works]
-            return [self._outcome_of(job, loan, deadline) for job, loan in zip(jobs, lent, strict=True)]
+            jobs = [self._submit(crew, partial(_outcome, work)) for work in works]
+            return [self._outcome_of(crew, job, loan, deadline) for job, loan in zip(jobs, lent, strict=True)]
         finally:
             for loan in lent:
                 loan.end()
@@ -352,14 +358,14 @@ class DiskStore(Store):
     def _run_all(self, keys: Sequence[str], work: Callable[[str], Outcome], deadline: float) -> list[Outcome]:
         if not keys:
             return []
-        job = self._submit(lambda: [_outcome(partial(work, key)) for key in keys])
+        job = self._submit(self._crew, lambda: [_outcome(partial(work, key)) for key in keys])
         return self._wait(job, deadline)
 
-    def _submit(self, work: Callable[[], T]) -> Job[T]:
+    def _submit(self, crew: Crew, work: Callable[[], T]) -> Job[T]:
         try:
             if self._closed:
                 raise StoreUnavailable(self.name, "closed", "it was closed")
-            return self._crew.submit(work)
+            return crew.submit(work)
         except CrewFull:
             raise StoreUnavailable(self.name, "busy", "too many operations are under way") from None
 
@@ -369,8 +375,8 @@ class DiskStore(Store):
         with self._explained():
             return job.result()
 
-    def _outcome_of(self, job: Job[Outcome], loan: Loan, deadline: float) -> Outcome:
-        if self._crew.wait(job, deadline):
+    def _outcome_of(self, crew: Crew, job: Job[Outcome], loan: Loan, deadline: float) -> Outcome:
+        if crew.wait(job, deadline):
             with self._explained():
                 return job.result()
         loan.end()
