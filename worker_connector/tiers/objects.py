@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
@@ -40,6 +40,7 @@ from worker_connector.tiers.base import (
 )
 
 T = TypeVar("T")
+_Work: TypeAlias = Callable[[], Coroutine[Any, Any, Outcome]]
 
 _PART_BYTES = 8 << 20
 _MULTIPART_BYTES = 256 << 20
@@ -53,7 +54,8 @@ class ObjectSettings:
     """Where the bucket is and how to log in. What is empty comes from the provider's usual environment variables.
 
     ``key_id`` and ``secret`` are S3's access key, or Azure's account name and key; for Google, ``secret`` is the path of
-    a service account's file. ``connections`` bounds the requests under way; ``ttl`` is in seconds, 0 for none.
+    a service account's file. ``connections`` bounds the objects that are read at a time, and those that are written; ``ttl``
+    is in seconds, 0 for none.
     """
 
     kind: Literal["s3", "gs", "az", "memory"]
@@ -84,6 +86,8 @@ class ObjectStore(Store):
         self._store = _client(settings, self.name)
         self._loop = _Loop(self.name)
         self._slots = asyncio.Semaphore(settings.connections)
+        # What is read does not queue behind what is written, for which nobody waits.
+        self._put_slots = asyncio.Semaphore(settings.connections)
         self._range_slots = asyncio.Semaphore(settings.connections)
 
     def get(self, keys: Sequence[str], into: Sequence[Sink], deadline: float) -> list[Outcome]:
@@ -91,7 +95,8 @@ class ObjectStore(Store):
 
     def put(self, keys: Sequence[str], values: Sequence[Source], deadline: float, ttl: float = 0.0) -> list[Outcome]:
         del ttl
-        return self._batch([partial(self._put, key, value) for key, value in zip(keys, values, strict=True)], deadline)
+        works = [partial(self._put, key, value) for key, value in zip(keys, values, strict=True)]
+        return self._batch(works, deadline, self._put_slots)
 
     def exists(self, keys: Sequence[str], deadline: float) -> list[Outcome]:
         return self._batch([partial(self._head, key) for key in keys], deadline)
@@ -156,7 +161,7 @@ class ObjectStore(Store):
         try:
             await self._within(obstore.delete_async(self._store, keys), deadline)
         except FileNotFoundError:
-            return await self._gather([partial(self._delete_one, key) for key in keys], deadline)
+            return await self._gather([partial(self._delete_one, key) for key in keys], deadline, self._slots)
         return [DELETED] * len(keys)
 
     async def _delete_one(self, key: str) -> Outcome:
@@ -175,14 +180,14 @@ class ObjectStore(Store):
 
     # Deadlines and errors.
 
-    def _batch(self, works: list[Callable[[], Coroutine[Any, Any, Outcome]]], deadline: float) -> list[Outcome]:
-        return self._loop.run(lambda: self._gather(works, deadline), deadline)
+    def _batch(self, works: Sequence[_Work], deadline: float, slots: asyncio.Semaphore | None = None) -> list[Outcome]:
+        return self._loop.run(lambda: self._gather(works, deadline, slots or self._slots), deadline)
 
-    async def _gather(self, works: list[Callable[[], Coroutine[Any, Any, Outcome]]], deadline: float) -> list[Outcome]:
+    async def _gather(self, works: Sequence[_Work], deadline: float, slots: asyncio.Semaphore) -> list[Outcome]:
         """All at once; what is not done at the deadline is cancelled. Raises what kept every one of them from an answer."""
         if not works:
             return []
-        tasks = [asyncio.ensure_future(self._one(work)) for work in works]
+        tasks = [asyncio.ensure_future(self._one(work, slots)) for work in works]
         _, late = await asyncio.wait(tasks, timeout=max(0.0, deadline - time.monotonic()))
         for task in late:
             task.cancel()
@@ -206,8 +211,8 @@ class ObjectStore(Store):
             return StoreUnavailable(self.name, "timeout", "no answer within the deadline")
         return self._unavailable(error)
 
-    async def _one(self, work: Callable[[], Coroutine[Any, Any, Outcome]]) -> Outcome:
-        async with self._slots:
+    async def _one(self, work: _Work, slots: asyncio.Semaphore) -> Outcome:
+        async with slots:
             try:
                 return await work()
             except FileNotFoundError as error:

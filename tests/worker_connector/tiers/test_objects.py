@@ -1,10 +1,13 @@
 """Object stores: S3 by moto's server, and obstore's own memory."""
 
+import asyncio
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import obstore
 import pytest
 
 from tests.worker_connector.tiers.servers import Proxy, S3Server, eventually, payload, soon
@@ -89,6 +92,34 @@ def test_what_is_older_than_ttl_is_missing(server: S3Server) -> None:
     assert status(store.get(["k"], [Sink(bytearray(1))], soon())) == ["missing"]
     assert store.scan("", soon()).entries == []
     store.close()
+
+
+def test_what_is_read_does_not_wait_for_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore(ObjectSettings(kind="memory", bucket="b", connections=2))
+    assert store.put(["k"], [Source(b"abc")], soon())[0].ok
+    go, put_async = threading.Event(), obstore.put_async
+
+    async def slow(*given: Any, **options: Any) -> Any:
+        assert await asyncio.to_thread(go.wait, 60)
+        return await put_async(*given, **options)
+
+    monkeypatch.setattr(obstore, "put_async", slow)
+    outcomes: list[Outcome] = []
+    keys = [f"k{at}" for at in range(8)]
+    writer = threading.Thread(target=lambda: outcomes.extend(store.put(keys, [Source(b"x")] * 8, soon(60))))
+    writer.start()
+    time.sleep(0.1)
+    room = bytearray(3)
+    try:
+        assert store.get(["k"], [Sink(room)], soon())[0].ok
+        assert room == b"abc"
+        assert not outcomes
+    finally:
+        go.set()
+        writer.join(60)
+        store.close()
+    assert len(outcomes) == 8
+    assert all(each.ok for each in outcomes)
 
 
 def test_a_bucket_that_is_not_there_is_named(server: S3Server) -> None:
