@@ -74,6 +74,8 @@ class Control:
         self.state = AdminState()
         self._names: dict[DnsSpec, tuple[NameWatch, asyncio.Task[None]]] = {}
         self._pods: tuple[PodWatch, asyncio.Task[None]] | None = None
+        self._superseded: set[str] = set()
+        """Pods that are looked for no more, and stay until those looked for instead are known."""
         self._tasks: list[asyncio.Task[None]] = []
         self._reload_asked = asyncio.Event()
 
@@ -345,7 +347,8 @@ class Control:
         for spec in [spec for spec in self._names if spec not in settings.discover]:
             _, task = self._names.pop(spec)
             task.cancel()
-            self.membership.release(spec.title)
+            if spec.title not in {wanted.title for wanted in settings.discover}:  # else they stay until it is looked up
+                self.membership.release(spec.title)
         for spec in settings.discover:
             if spec not in self._names:
                 self._names[spec] = self._watch_name(spec)
@@ -358,7 +361,9 @@ class Control:
             watch, task = self._pods
             task.cancel()
             self._pods = None
-            self.membership.release(watch.spec.title)
+            self._superseded.add(watch.spec.title)
+        if settings.pods is None:
+            self._release_superseded()
         if self._pods is None and settings.pods is not None:
             watch = PodWatch(settings.pods, self._found_pods)
             self._pods = watch, asyncio.create_task(watch.run())
@@ -373,7 +378,13 @@ class Control:
         token = self._gateway.settings.report_token.get_secret_value()
         self.handovers.begin(worker, address, lambda: works(worker), token=token, seconds=seconds)
 
+    def _release_superseded(self, by: str = "") -> None:
+        for origin in self._superseded - {by}:
+            self.membership.release(origin)
+        self._superseded.clear()
+
     def _found_pods(self, origin: str, found: Found) -> None:
+        self._release_superseded(origin)
         self.membership.claim(origin, found.workers)
         self.membership.hold(origin, found.held)
         self.membership.settle(replaced=found.replaced)

@@ -268,6 +268,27 @@ def test_simulated_a_worker_that_left_and_comes_again_is_drained_no_more(monkeyp
     run(scenario())
 
 
+def test_a_name_with_other_options_keeps_its_workers_until_it_is_looked_up() -> None:
+    async def scenario() -> None:
+        worker = await SimulatedWorker().start()
+        discover = f"dns://127.0.0.1:{worker.port},reports={worker.report_port}"
+        async with running_gateway(discover=discover, discovery_interval=60) as gateway:
+            await until(lambda: any(held.up for held in gateway.gateway.registry.workers))
+            (held,) = gateway.gateway.registry.workers
+            names = gateway.gateway.control._names
+            gateway.gateway.control._claim_settings(load({"discover": f"dns://127.0.0.1:{worker.port},reports=none"}))
+            gateway.gateway.control.membership.settle()
+            assert len(names) == 1
+            assert not held.draining
+            await until(lambda: gateway.gateway.registry.workers[0].spec.reports == "none")
+            gateway.gateway.control._claim_settings(load({}))
+            gateway.gateway.control.membership.settle()
+            await until(lambda: not gateway.gateway.registry.workers)
+        await worker.kill()
+
+    run(scenario())
+
+
 def test_what_operators_said_waits_for_whoever_looks_for_workers() -> None:
     """A process that has just started knows no worker yet, and does not speak for the others."""
 

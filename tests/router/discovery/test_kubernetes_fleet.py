@@ -288,3 +288,31 @@ def test_discovery_shows_in_metrics_and_they_are_described(tmp_path: Path, monke
             assert all(f"`{name}`" in page for name in names)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("change", [{"kubernetes_report_port": "none"}, {"kubernetes_selector": "app=vllm,app=vllm"}])
+def test_pods_stay_until_those_looked_for_instead_are_known(
+    change: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of what is looked for, while the API cannot be asked, takes no worker away."""
+
+    async def scenario() -> None:
+        async with served(tmp_path, monkeypatch) as (fleet, running):
+            await fleet.add()
+            await settled(fleet, running)
+            registry, control = running.gateway.registry, running.gateway.control
+            await until(lambda: registry.workers[0].up, PATIENT)
+            fleet.server.fail_with = 503
+            fleet.server.cut()
+            assert (await running.client.patch("/admin/config", json=change)).status_code == 200
+            await until(lambda: "503" in control.describe_names()[0]["error"], PATIENT)
+            assert (await running.chat("x")).status_code == 200
+            assert not registry.workers[0].draining
+            fleet.server.fail_with = 0
+            await until(lambda: control.describe_names()[0]["error"] == "", PATIENT)
+            (origin,) = (await running.worker("vllm-0"))["named_by"]
+            assert origin == control.describe_names()[0]["name"]
+            assert (await running.client.patch("/admin/config", json={"kubernetes_selector": ""})).status_code == 200
+            await until(lambda: not registry.workers, PATIENT)
+
+    run(scenario())
