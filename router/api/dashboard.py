@@ -114,8 +114,7 @@ def add_data(router: APIRouter, gateway: "Gateway") -> None:
 
     @router.get("/decisions", response_class=StreamingResponse)
     async def decisions(request: Request) -> Response:
-        board.live.check()
-        events = board.live.events(request.is_disconnected)
+        events = await board.live.open(request.is_disconnected)
         return StreamingResponse(
             events, media_type="text/event-stream", headers=_UNCACHED | {"x-accel-buffering": "no"}
         )

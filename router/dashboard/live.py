@@ -63,18 +63,23 @@ class Live:
         self._ended = ended
         self.watchers = 0
 
-    def check(self) -> None:
-        """Raises:
-        Busy: as many watch as may.
+    async def open(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
+        """Server-sent events: ``decisions`` with what is fresh, ``end`` where the stream ends in time, and a comment
+        as a heartbeat. Ends when the watcher is ``gone``, the gateway stops, or the stream is old.
+
+        Raises:
+            Busy: as many watch as may.
         """
         if self.watchers >= MOST_WATCHERS:
             raise Busy(f"{MOST_WATCHERS} streams of decisions are open already: close one", retry_after=5)
+        events = self._counted(gone)
+        await anext(events)  # begun, it counts at once, until it is closed or forgotten
+        return events
 
-    async def events(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-        """Server-sent events: ``decisions`` with what is fresh, ``end`` where the stream ends in time, and a comment
-        as a heartbeat. Ends when the watcher is ``gone``, the gateway stops, or the stream is old."""
+    async def _counted(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
         self.watchers += 1
         try:
+            yield b""
             async for event in self._events(gone):
                 yield event
         finally:

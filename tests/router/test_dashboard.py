@@ -1,6 +1,7 @@
 """The dashboard's page and data over HTTP: headers, who may see what, what is switched off, and what is told live."""
 
 import asyncio
+import gc
 import json
 import re
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from router.api.dashboard import page_files
 from router.app import create_app
 from router.config import Settings, load
 from router.dashboard import live
+from router.errors import Busy
 from tests.support.simulated_worker import RunningGateway, SimulatedWorker, run, running_gateway, until
 
 DATA = ("/admin/fleet", "/admin/timeline", "/admin/prefixes", "/admin/decisions")
@@ -233,6 +235,22 @@ def test_simulated_decisions_arrive_and_are_told_again_when_they_are_finished() 
                 assert [(one["request_id"], one["outcome"]) for one in ended["decisions"]] == [(second, "served")]
                 assert ended["decisions"][0]["ttft_s"] > 0
             await until(lambda: gateway.gateway.board.live.watchers == 0)
+
+    run(scenario())
+
+
+def test_of_streams_asked_for_at_once_no_more_begin_than_may() -> None:
+    async def scenario() -> None:
+        async def stay() -> bool:
+            return False
+
+        async with running_gateway() as gateway:
+            watching = gateway.gateway.board.live
+            begun = await asyncio.gather(*(watching.open(stay) for _ in range(40)), return_exceptions=True)
+            assert sum(isinstance(each, Busy) for each in begun) == 40 - live.MOST_WATCHERS
+            begun.clear()
+            gc.collect()
+            await until(lambda: watching.watchers == 0)  # whose answer never began are forgotten, too
 
     run(scenario())
 
