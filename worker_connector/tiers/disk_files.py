@@ -284,7 +284,7 @@ class Files:
             depth = path.count("/")
             directories[:] = [] if depth >= _DEEPEST_FOREIGN else [n for n in directories if depth or n not in own]
             for name in names:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # of a directory that may be listed and not searched, too
                     used += charge(os.stat(name, dir_fd=fd, follow_symlinks=False).st_size)
                     count += 1
             if count > _MOST_FOREIGN:

@@ -20,6 +20,7 @@ from worker_connector.tiers.disk_files import QUARANTINE, REST, Files, charge, k
 from worker_connector.tiers.disk_gate import Gate
 from worker_connector.tiers.disk_index import Index
 from worker_connector.tiers.disk_space import Space
+from worker_connector.tiers.said import Said
 
 _PATIENCE_SECONDS = 30.0
 _RETRY_SECONDS = 1.0
@@ -49,6 +50,7 @@ class Keeper:
         self._gate = gate
         self._pace = rescan_seconds / (REST + 1)
         self._stop = threading.Event()
+        self._said = Said()
         self._seen: dict[int, int] = {}
         self._next_area = 0
         self._over = False
@@ -74,10 +76,15 @@ class Keeper:
                 self._succeeds(duty)
 
     def _succeeds(self, duty: Callable[[], None]) -> bool:
-        """Failures of the disk are told by those who move objects; here they only mean to try again later."""
+        """Failures of the disk are told by those who move objects, but for those of the first listing; here they only mean to
+        try again later."""
         try:
             duty()
         except (OSError, LockBusy) as error:
+            if not self.scanned.is_set() and self._said.anew("scan"):
+                _log.warning(
+                    "%s: its directory cannot be listed, and nothing is stored until it is: %r", self._name, error
+                )
             _log.debug("%s: %s failed: %r", self._name, duty.__name__, error)
             return False
         return True

@@ -301,6 +301,34 @@ def test_foreign_files_are_left_alone_and_counted(make: Make, tmp_path: Path) ->
     assert account_of(store) >= 5 * 300_000
 
 
+def test_foreign_files_that_cannot_be_looked_at_are_in_nobodys_way(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache" / "listable").mkdir(parents=True)
+    (tmp_path / "cache" / "listable" / "hidden").write_bytes(b"x")
+    real = os.stat
+
+    def refused(path: Any, *given: Any, **options: Any) -> os.stat_result:
+        if path == "hidden":
+            raise PermissionError(errno.EACCES, "denied")
+        return real(path, *given, **options)
+
+    monkeypatch.setattr("worker_connector.tiers.disk_files.os.stat", refused)
+    assert put(make(), 1).ok
+
+
+def test_it_is_said_why_a_directory_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_files: Files, _area: int) -> None:
+        raise OSError(errno.EIO, "it is broken")
+
+    monkeypatch.setattr(Files, "list_shard", broken)
+    store = DiskStore(DiskSettings(directory=tmp_path / "cache", max_bytes=64 * MIB))
+    until(lambda: "cannot be listed, and nothing is stored until it is: OSError(5, 'it is broken')" in caplog.text)
+    store.close()
+
+
 def test_a_directory_full_of_foreign_files_refuses(make: Make, tmp_path: Path) -> None:
     root = tmp_path / "cache"
     root.mkdir()
