@@ -135,9 +135,10 @@ def test_every_service_finds_one_workload_and_its_ports(overlay: str) -> None:
     for service in of_kind(rendered(overlay), "Service"):
         (made,) = [each for each in pods(overlay) if matches({"matchLabels": service["spec"]["selector"]}, each.labels)]
         for port in service["spec"]["ports"]:
-            assert port["targetPort"] in made.ports(), (service["metadata"]["name"], port)
+            number = made.ports().get(port["targetPort"], port["targetPort"])
+            assert number in made.ports().values(), (service["metadata"]["name"], port)
             if service["spec"].get("clusterIP") == "None":
-                assert port["port"] == made.ports()[port["targetPort"]], "a headless service translates no port"
+                assert port["port"] == number, "a headless service translates no port"
 
 
 @every_overlay
