@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -308,7 +308,7 @@ class TierMovers:
         finally:
             for sink in sinks:
                 sink.end()
-        bad: dict[str, str] = {}
+        unfit: dict[str, BadObject] = {}
         for piece, key, outcome, sink, each in zip(pieces, keys, outcomes, sinks, examinations, strict=True):
             if not outcome.ok:
                 result.failed[piece.chunk] = _cause(outcome)
@@ -318,11 +318,19 @@ class TierMovers:
                 _accept(result, piece.chunk, found)
             elif isinstance(found, BadObject):
                 result.failed[piece.chunk] = self._fault(name, found)
-                if found.check not in _OF_USE_TO_OTHERS:
-                    bad[key] = str(found)
+                unfit[key] = found
             elif isinstance(found, Exception):
                 raise found
-        if bad:
+        if unfit:
+            self._clear_away(store, unfit)
+
+    def _clear_away(self, store: Store, unfit: Mapping[str, BadObject]) -> None:
+        """Have nobody meet again what is of use to nobody: bad copies, and those that have expired."""
+        if expired := [key for key, error in unfit.items() if error.check is Check.EXPIRED]:
+            with suppress(StoreUnavailable):
+                store.delete(expired, time.monotonic() + _DISCARD_SECONDS)
+        kept = {Check.EXPIRED, *_OF_USE_TO_OTHERS}
+        if bad := {key: str(error) for key, error in unfit.items() if error.check not in kept}:
             self._discard(store, bad)
 
     def open(self, name: str, piece: Piece, block: bytearray, room: memoryview, size: int) -> Header:
@@ -394,7 +402,9 @@ class TierMovers:
                 self._spare.append(room)
 
     def _fault(self, name: str, error: BadObject) -> str:
-        """A word for an object that is not used."""
+        """A word for an object that is not used. One that has expired counts as missing: not every store deletes it itself."""
+        if error.check is Check.EXPIRED:
+            return "missing"
         if error.check not in _OF_USE_TO_OTHERS:
             return "bad"
         if name not in self._unread:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worker_connector.chunk_object import HEADER_BYTES, Codec, Section
+from tests.worker_connector.tiers.scripted import ScriptedStore
+from worker_connector.chunk_object import HEADER_BYTES, Codec, Section, seal
 from worker_connector.errors import StoreUnavailable
 from worker_connector.eviction import LeastRecentlyUsed
 from worker_connector.ledger import Ledger
@@ -317,6 +318,21 @@ def test_damage_is_said_once_however_much_there_is(rig: Rig, tmp_path: Path, cap
     fetched = rig.run("fetch", pieces)
     assert set(fetched.failed.values()) == {"bad"}
     assert len([record for record in caplog.records if "is bad" in record.getMessage()]) == 1
+
+
+def test_what_has_expired_is_missing_and_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rig, store = Rig(tmp_path / "unused"), ScriptedStore("plain")  # which knows of no time to live
+    movers = TierMovers({"remote": Tier(store=store, ttl=60)}, memoryview(rig.memory), SLOT_BYTES, SHAPE)
+    made = seal(SHAPE.held(Piece(CHUNKS[0], 0)), rig.slot(0), Codec(), ttl=60, created=time.time() - 61)
+    key = str(SHAPE.key(CHUNKS[0]))
+    store.held[key] = bytes(made.header) + bytes(made.payload)
+    movers.submit([TierJob(1, "remote", "fetch", [Piece(CHUNKS[0], 1)], 30.0)])
+    until(lambda: movers.has_results)
+    assert movers.take()[1].failed == {CHUNKS[0]: "missing"}
+    assert not store.held
+    assert not caplog.records
+    movers.close()
+    rig.movers.close()
 
 
 def test_damage_is_counted_over_all_jobs(
