@@ -146,6 +146,8 @@ class Replicas(Store):
         def work(member: Store, at: list[int]) -> list[Outcome]:
             return member.delete([keys[each] for each in at], deadline)
 
+        with self._lock:
+            self._repairing.difference_update(keys)
         everywhere = {member: list(range(len(keys))) for member in range(len(self.members))}
         return [_worst(list(each.values())) for each in self._spread(everywhere, work, deadline)]
 
@@ -308,12 +310,20 @@ class Replicas(Store):
             if not found.ok or found.size != size or not self._verify(key, memoryview(data)):
                 return
             for member in targets:
-                self.figures["repairs"] += self.members[member].put([key], [Source(data)], until)[0].ok
+                self._copy(key, data, member, until)
         except StoreUnavailable:
             self.figures["repairs_failed"] += 1
         finally:
             with self._lock:
                 self._repairing.discard(key)
+
+    def _copy(self, key: str, data: bytearray, member: int, until: float) -> None:
+        """Put an object on one more store, unless it is deleted meanwhile."""
+        if key not in self._repairing:
+            return
+        self.figures["repairs"] += self.members[member].put([key], [Source(data)], until)[0].ok
+        if key not in self._repairing:
+            self.members[member].delete([key], until)
 
 
 class _Fetch:

@@ -187,6 +187,26 @@ def wait_for(store: Store, keys: list[str], rooms: list[bytearray]) -> None:
     store.get(keys, [Sink(room) for room in rooms], soon())
 
 
+def test_what_is_deleted_while_it_is_repaired_stays_deleted(groups: list[Group]) -> None:
+    reading, go = threading.Event(), threading.Event()
+
+    def verify(_key: str, _data: memoryview) -> bool:
+        reading.set()
+        return go.wait(30)
+
+    group = make(groups, "ab", verify=verify)
+    put_all(group.store)
+    key = KEYS[0]
+    del group.inner[group.home(key)[0]].held[key]
+    assert not wrong(group.store, [key])
+    assert reading.wait(30)
+    assert group.store.delete([key], soon())[0].ok
+    go.set()
+    eventually(lambda: not group.store._repairing and not group.store._repairs._queue)
+    group.store._repairs.wait(group.store._repairs.submit(lambda: None), soon())
+    assert not group.holders(key)
+
+
 def test_all_dead_is_one_error_and_missing_is_not_failed(groups: list[Group]) -> None:
     group = make(groups)
     assert {each.status for each in group.store.exists(KEYS, soon())} == {Status.MISSING}
