@@ -268,7 +268,7 @@ class WorkerExam:
 
     def _unreachable(self, error: httpx.HTTPError) -> Finding:
         fix = "start it, mend the URL, or run the doctor where the workers can be reached"
-        return self._say("reachable", "fail", f"no answer: {error or type(error).__name__}", fix)
+        return self._say("reachable", "fail", f"no answer: {str(error) or type(error).__name__}", fix)
 
     def _say(self, check: str, result: Result, found: str, fix: str = "") -> Finding:
         return Finding(check, self.spec.title, result, found, fix)

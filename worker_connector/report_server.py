@@ -300,7 +300,7 @@ class ReportServer:
         except TimeoutError:
             return Reply(call.id, error=f"{call.operation} took longer than {self.timing.operation:g} s")
         except Exception as error:  # noqa: BLE001 - whatever an operation raises is the caller's answer
-            return Reply(call.id, error=f"{call.operation}: {error or type(error).__name__}")
+            return Reply(call.id, error=f"{call.operation}: {str(error) or type(error).__name__}")
         with self.source.lock:
             self._send_changes()
         return Reply(call.id, result=result)

@@ -62,10 +62,15 @@ def state_of(worker: Worker) -> State:
 
 
 def tiers_of(gateway: "Gateway", worker: Worker) -> list[dict[str, Any]]:
-    """What each tier holds in chunks, of how many; ``capacity`` is 0 where it is not known."""
-    if worker.hello is None:
-        return []
+    """What each tier holds in chunks, of how many; ``capacity`` and ``chunk_bytes`` are 0 where they are not known."""
     held = gateway.index.sizes(worker.name)
+    if worker.hello is None:
+        rooms = {"gpu": worker.assumed_chunks} if worker.source != "none" else {}
+        return [
+            {"tier": tier, "chunks": count, "capacity": rooms.get(tier, 0), "chunk_bytes": 0}
+            for tier, count in held.items()
+            if count or tier in rooms
+        ]
     return [
         {
             "tier": tier.name,
@@ -129,10 +134,10 @@ def _row(gateway: "Gateway", worker: Worker, in_flight: dict[str, int]) -> dict[
         "prefill_tokens_per_second": round(worker.prefill_speed) or None,
         "tiers": tiers_of(gateway, worker),
         "cache_source": worker.source,
-        "synced": worker.synced,
+        "synced": worker.knows_all,
         "trust": round(worker.trust, 3),
         "predictions": dict(worker.predictions),
-        "reports_error": worker.reports_error,
+        "reports_error": worker.reports_error or worker.events_error,
         "report_port": worker.spec.report_address is not None,
         "heartbeat_age_s": round(asyncio.get_running_loop().time() - worker.heartbeat_at, 3) if beat else None,
         "leaving": control.membership.leaving(url),

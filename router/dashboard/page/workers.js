@@ -111,7 +111,7 @@ function show(row, worker) {
 
 function occupancy({ tier, chunks, capacity, chunk_bytes }) {
   const size = `${compact(chunks)}${capacity ? ` of ${compact(capacity)}` : ""} chunks`;
-  const text = `${TIER_NAMES[tier]}: ${size}, ${bytes(chunks * chunk_bytes)}`;
+  const text = `${TIER_NAMES[tier]}: ${size}${chunk_bytes ? `, ${bytes(chunks * chunk_bytes)}` : ""}`;
   return h("li", { title: text }, h("span", {}, TIER_NAMES[tier]), tierBar([[tier, chunks]], capacity || chunks || 1, text), h("small", { class: "muted" }, capacity ? percent(Math.min(1, chunks / capacity)) : compact(chunks)));
 }
 
@@ -121,7 +121,8 @@ function trusted(worker) {
   }
   const judged = Object.values(worker.predictions).reduce((sum, n) => sum + n, 0);
   const notes = [judged ? `${percent(worker.predictions.exact / judged)} exact of ${plural(judged, "prediction")}` : "nothing compared yet"];
-  if (!worker.synced) notes.unshift("being listed");
+  if (worker.cache_source === "routed") notes.unshift("as prompts were sent");
+  else if (!worker.synced) notes.unshift(worker.cache_source === "events" ? "not from their beginning" : "being listed");
   if (worker.heartbeat_age_s > 3) notes.push(`silent for ${seconds(worker.heartbeat_age_s)}`);
   return [h("span", {}, h("strong", {}, worker.trust === null ? none : worker.trust.toFixed(2)), ` ${worker.cache_source}`), h("small", { class: "muted" }, notes.join(" · "))];
 }
