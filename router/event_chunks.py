@@ -35,6 +35,8 @@ class Change(NamedTuple):
     what: Literal["stored", "removed", "cleared"]
     tier: str
     chunks: list[bytes]
+    blocks: int = 1
+    """How many blocks were looked at for it."""
 
 
 class _Block:
@@ -108,7 +110,8 @@ class EventChunks:
         tier = "remote" if event.locality == "REMOTE" else _MEDIA.get(event.medium)
         if tier is None or not hashes:
             return
-        if not event.token_ids:  # of other tiers an engine may name blocks alone
+        if not event.token_ids or (tier != "gpu" and event.extra_keys is None):
+            # Of other tiers an engine may name blocks alone, or leave out what goes into their hashes beside the tokens.
             yield from self._named(hashes, tier)
             return
         if size <= 0 or len(event.token_ids) != len(hashes) * size:
@@ -128,12 +131,13 @@ class EventChunks:
                 parent = self._placed(made)
                 first = False
                 fresh += self._taken(parent, tier)
-            yield Change("stored", tier, fresh)
+            yield Change("stored", tier, fresh, min(SLICE, len(hashes) - at))
 
     def _named(self, hashes: Sequence[Key], tier: str) -> Iterator[Change]:
         for at in range(0, len(hashes), SLICE):
             known = [block for key in hashes[at : at + SLICE] if (block := self._blocks.get(key)) is not None]
-            yield Change("stored", tier, [chunk for block in known for chunk in self._taken(block, tier)])
+            chunks = [chunk for block in known for chunk in self._taken(block, tier)]
+            yield Change("stored", tier, chunks, min(SLICE, len(hashes) - at))
 
     def _made(
         self, key: Key, parent: _Block | None, tokens: bytes, salt: str | None, lora: str | None, *, first: bool
@@ -196,7 +200,7 @@ class EventChunks:
                 gone += [end.chunk for end in block.ends if end.chunk is not None]
                 block.tiers &= ~bit
                 self._forget(block)
-            yield Change("removed", tier, gone)
+            yield Change("removed", tier, gone, min(SLICE, len(event.block_hashes) - at))
 
     def _forget(self, block: _Block | None) -> None:
         """Take a block off the record if nothing holds it there, and those before it that it held."""

@@ -159,6 +159,19 @@ def test_tiers_are_kept_apart() -> None:
     assert held.chunks.complete
 
 
+def test_what_goes_into_blocks_beside_tokens_is_learnt_from_the_gpus_events_alone() -> None:
+    """Offloading connectors leave salts and media out of theirs."""
+    salted: list[list[object] | None] = [["tenant"], *[None] * 11]
+    named = BlockStored(stored(PROMPT, keys=salted).block_hashes, None, PROMPT[: 12 * BLOCK], BLOCK, "CPU")
+    held = Held()
+    held.apply(named)
+    assert held.tiers["cpu"] == set()
+    held.apply(stored(PROMPT, keys=salted), named)
+    assert held.tiers["cpu"] == set(chunks_of(PROMPT, salt="tenant"))
+    held.apply(removed(PROMPT, *range(12), keys=salted))
+    assert held.tiers == {"gpu": set(), "cpu": set(chunks_of(PROMPT, salt="tenant")), "disk": set(), "remote": set()}
+
+
 def test_records_are_bounded() -> None:
     held = Held(most=8)
     with pytest.raises(TooManyChunks, match="more than 8 blocks"):
