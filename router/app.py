@@ -194,6 +194,7 @@ class Gateway:
         tasks = self._tasks.pop(worker.name, [])
         for task in tasks:
             task.cancel()
+        worker.gone = True
         worker.follow(None)
         self.sent.forget(worker)
         self.index.drop(worker.name)
@@ -298,6 +299,11 @@ class Gateway:
         _log.error("the index does not hold of worker %s what was counted in: its cache is listed again", name)
         if watcher := self._watchers.get(name):
             watcher.relist("audit")
+        elif worker := self.registry.get(name):
+            worker.relisted("audit")
+            self.sent.begin(worker)
+            if events := self._event_watchers.get(name):
+                events.nudge()
 
     def _miscounted(self, worker: Worker, decision: Decision, tokens: int) -> None:
         """A worker counted other prompt tokens than were counted here: compare its tokenization at once."""
@@ -321,8 +327,11 @@ class Gateway:
         """Set out anew with a worker that does not report its cache: what was known was another process's."""
         base = next((card.id for card in worker.models.values() if not card.parent), "")
         unsaid = self.settings.assumed_cache_tokens
+        if worker.source == "routed":
+            self.sent.begin(worker)
         cache = await ask_cache(worker.upstream, worker.spec, unsaid)
-        worker.assume((base, cache.chunk_size), cache.tokens // cache.chunk_size if unsaid else 0)
+        room = min(cache.tokens // cache.chunk_size, self.settings.max_worker_chunks) if unsaid else 0
+        worker.assume((base, cache.chunk_size), room)
         if worker.hello is None:
             self.sent.begin(worker)
         if (events := self._event_watchers.get(worker.name)) is not None:

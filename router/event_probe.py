@@ -9,7 +9,7 @@ import httpx
 from kv_protocol.errors import MalformedFrame
 from router.config import WorkerSpec
 from router.findings import Result
-from router.kv_events import Source, sources_of
+from router.kv_events import Source, source_of, sources_of, why_none
 
 TIMEOUT_S = 5.0
 _START = "start vLLM with --kv-events-config, an endpoint and a replay_endpoint in it"
@@ -26,8 +26,8 @@ async def examine_events(client: httpx.AsyncClient, spec: WorkerSpec) -> Seen:
         source = await _source(client, spec)
     except (MalformedFrame, httpx.HTTPError) as error:
         return "warn", str(error), _START
-    if source is None:
-        return "warn", "the engine names none: it is routed by what is sent there", _START
+    if isinstance(source, str):
+        return "warn", f"{source}; until then it is routed by what is sent there", _START
     for endpoint in filter(None, (source.endpoint, source.replay)):
         if refusal := await _refusal(endpoint):
             return "fail", f"{endpoint}: {refusal}", "let the port be reached from here; bind it with tcp://*:PORT"
@@ -39,25 +39,26 @@ async def examine_events(client: httpx.AsyncClient, spec: WorkerSpec) -> Seen:
     return "ok", f"{source.endpoint}, replayed from {source.replay}", ""
 
 
-async def _source(client: httpx.AsyncClient, spec: WorkerSpec) -> Source | None:
+async def _source(client: httpx.AsyncClient, spec: WorkerSpec) -> Source | str:
+    """Where the events are, or why that is not known."""
     if spec.events:
         return spec.event_source
     answer = await client.get("/kv_event_sources")
     found = sources_of(answer.content, spec.host) if answer.status_code == httpx.codes.OK else {}
-    return found.get(spec.rank or 0)
+    return source_of(found, spec.rank) or why_none(found, spec.rank)
 
 
 async def _refusal(endpoint: str) -> str:
     """Why a TCP endpoint cannot be reached; empty where it can, or is of another kind."""
     parts = urlsplit(endpoint)
-    if parts.scheme != "tcp" or parts.port is None:
-        return ""
     try:
+        if parts.scheme != "tcp" or parts.port is None:
+            return ""
         async with asyncio.timeout(TIMEOUT_S):
             _, writer = await asyncio.open_connection(parts.hostname, parts.port)
     except TimeoutError:
         return f"no connection within {TIMEOUT_S:g} s"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"cannot be reached: {error}"
     writer.close()
     return ""

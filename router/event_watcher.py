@@ -8,19 +8,21 @@ only and lists nothing: what an engine held before is not known until it is stor
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
-from contextlib import suppress
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from kv_protocol.errors import MalformedFrame, ProtocolError
 from kv_protocol.messages import pack
 from router.errors import TooManyChunks, UpstreamError
-from router.event_chunks import Change, EventChunks
+from router.event_chunks import SLICE, Change, EventChunks
 from router.history import History
 from router.index import Index
-from router.kv_events import AllBlocksCleared, Source, read_batch, sources_of
+from router.kv_events import AllBlocksCleared, Source, read_batch, source_of, sources_of, why_none
 from router.sent_memory import SentMemory
-from router.turns import Turns
+from router.turns import CHUNKS, Turns
 from router.workers import Following, Worker
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ ASK_AGAIN_S = 30.0
 """How often an engine that publishes nothing is asked again."""
 CONNECT_TIMEOUT_S = 5.0
 REPLAY_TIMEOUT_S = 5.0
+LONGEST_REPLAY_S = 600.0
 BACKOFF_S = (0.5, 10.0)
 CALM_S = 10.0
 _SETTLE_S = 0.1
@@ -37,6 +40,10 @@ _HEARTBEAT_MS = 2_000
 _SILENCE_MS = 6_000
 _QUEUE = 100_000
 _LARGEST_BYTES = 64 << 20
+_BLOCK_TURN = CHUNKS // SLICE
+"""What a block weighs in a turn: a slice of them takes as long as the chunks of one."""
+_BATCH_TURN = 16
+_BYTES_TURN = 256
 _END = (1 << 64) - 1
 """The sequence number that ends a replay: -1 in vLLM's signed reading."""
 
@@ -49,6 +56,10 @@ class _Again(Exception):
 
 class _Silent(Exception):
     """The engine publishes no events; the text says how to change that."""
+
+
+class _Unended(Exception):
+    """A replay stopped before its end."""
 
 
 class EventWatcher:
@@ -151,9 +162,9 @@ class EventWatcher:
                 f"GET /kv_event_sources answered {answer.status}: a vLLM before 0.31 wants events=HOST:PORT here"
             )
         sources = sources_of(answer.body, worker.spec.host)
-        source = sources.get(worker.spec.rank or 0)
+        source = source_of(sources, worker.spec.rank)
         if source is None:
-            raise _Silent("the engine publishes no KV events: start it with --kv-events-config")
+            raise _Silent(why_none(sources, worker.spec.rank))
         return source
 
     def begin(self, source: Source) -> EventChunks:
@@ -170,6 +181,7 @@ class EventWatcher:
     async def take(self, chunks: EventChunks, payload: bytes) -> None:
         """Bring what a batch says into the index."""
         worker = self._worker
+        await self._turns.take(_BATCH_TURN + len(payload) // _BYTES_TURN)
         batch = read_batch(payload)
         if batch.rank is not None and worker.spec.rank is not None and batch.rank != worker.spec.rank:
             return
@@ -177,7 +189,7 @@ class EventWatcher:
             if isinstance(event, AllBlocksCleared):
                 self._sent.begin(worker)
             for change in chunks.apply(event):
-                await self._turns.take(len(change.chunks))
+                await self._turns.take(change.blocks * _BLOCK_TURN)
                 self._bring(change)
         following = worker.following
         if following is not None:
@@ -185,8 +197,8 @@ class EventWatcher:
 
     def _bring(self, change: Change) -> None:
         name = self._worker.name
-        if self._worker.following is None:
-            return  # the worker was taken out
+        if self._worker.gone:
+            return
         match change.what:
             case "stored":
                 self._index.stored(name, change.tier, change.chunks)
@@ -198,10 +210,12 @@ class EventWatcher:
                 self._index.cleared(name, change.tier)
                 self._history.cleared(name, change.tier)
 
-    def taken(self, number: int) -> None:
-        """Batches up to this number are in the index."""
-        if self._worker.following is not None:
-            self._worker.following.sequence = number
+    def taken(self, chunks: EventChunks, number: int) -> None:
+        """Batches up to this number are in the index, -1 before the first."""
+        following = self._worker.following
+        if following is not None:
+            following.sequence, following.complete = number, chunks.complete
+            following.settled = chunks.complete or number >= 0
         self._logged = ""
 
     def _forget(self) -> None:
@@ -238,11 +252,11 @@ class _Stream:
         subscriber = self._socket(zmq.SUB)
         subscriber.subscribe(self._source.topic.encode())
         monitor = subscriber.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        subscriber.connect(self._source.endpoint)
+        await _connect(subscriber, self._source.endpoint)
         await self._connected(monitor)
         await asyncio.sleep(_SETTLE_S)  # a subscription is not confirmed; what it misses until it is made, a gap tells
         chunks = self._watcher.begin(self._source)
-        await self._replay(chunks, 0)
+        await self._replay(chunks)
         broken = asyncio.ensure_future(monitor.recv_multipart())
         try:
             while True:
@@ -256,9 +270,14 @@ class _Stream:
             broken.cancel()
 
     async def _connected(self, monitor: Any) -> None:
+        import zmq  # noqa: PLC0415 - an extra
+        from zmq.utils.monitor import parse_monitor_message  # noqa: PLC0415
+
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await monitor.recv_multipart()
+                # A peer that speaks something else is disconnected before there is a connection.
+                while parse_monitor_message(await monitor.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
+                    pass
         except TimeoutError:
             raise OSError(
                 f"nobody publishes at {self._source.endpoint}: no connection within {CONNECT_TIMEOUT_S:g} s"
@@ -267,51 +286,78 @@ class _Stream:
     async def _take(self, chunks: EventChunks, number: int, payload: bytes) -> None:
         if number <= self._last:
             return  # replayed already
-        if self._last < 0:
-            chunks.complete = number == 0
-        elif number > self._last + 1:
-            await self._replay(chunks, self._last + 1)
+        if number > self._last + 1 and (self._last >= 0 or self._source.replay):
+            await self._replay(chunks)
             if number <= self._last:
                 return
             if number > self._last + 1:
                 raise _Again("gap")
+        elif self._last < 0:
+            chunks.complete = number == 0
         await self._watcher.take(chunks, payload)
         self._last = number
-        self._watcher.taken(number)
+        self._watcher.taken(chunks, number)
 
-    async def _replay(self, chunks: EventChunks, start: int) -> None:
-        """Take what was published from a number on, as far as it is kept."""
+    async def _replay(self, chunks: EventChunks) -> None:
+        """Take what was published after the last batch that was taken, as far as it is kept. An engine drops of a long
+        replay what the connection is too slow for, without a word: that is asked for again."""
         if not self._source.replay:
             return
-        expected = start
-        async for number, payload in self._replayed(start):
-            if number != expected and start:
-                raise _Again("gap")
-            if number == start == 0:
-                chunks.complete = True
-            expected = number + 1
-            await self._watcher.take(chunks, payload)
-            self._last = number
-        if start == 0 and expected == 0:
+        asked = self._last + 1
+        try:
+            async with asyncio.timeout(LONGEST_REPLAY_S):
+                while not await self._replay_some(chunks):
+                    pass
+        except TimeoutError:
+            raise OSError(f"{self._source.replay} replayed for more than {LONGEST_REPLAY_S:g} s") from None
+        if asked == 0 and self._last < 0:
             chunks.complete = True  # nothing was published yet
-        self._watcher.taken(self._last)
+        self._watcher.taken(chunks, self._last)
 
-    async def _replayed(self, start: int) -> AsyncIterator[tuple[int, bytes]]:
+    async def _replay_some(self, chunks: EventChunks) -> bool:
+        """Take a replay up to its end, or to where something of it is missing; whether it ended.
+
+        Raises:
+            _Again: what is missing is not kept any more.
+            OSError: nothing is replayed.
+        """
+        before = self._last
+        async with aclosing(self._replayed(before + 1)) as replayed:
+            try:
+                async for number, payload in replayed:
+                    if number != self._last + 1 and self._last >= 0:
+                        if self._last == before:
+                            raise _Again("gap")
+                        return False
+                    if self._last < 0:
+                        chunks.complete = number == 0
+                    await self._watcher.take(chunks, payload)
+                    self._last = number
+            except _Unended:
+                if self._last == before:
+                    raise OSError(
+                        f"nothing was replayed from {self._source.replay} within {REPLAY_TIMEOUT_S:g} s"
+                    ) from None
+                return False
+        return True
+
+    async def _replayed(self, start: int) -> AsyncGenerator[tuple[int, bytes]]:
         import zmq  # noqa: PLC0415 - an extra
 
         asking = self._socket(zmq.DEALER)
         try:
-            asking.connect(self._source.replay)
+            await _connect(asking, self._source.replay)
             await asking.send_multipart((b"", start.to_bytes(8, "big")))
             while True:
-                async with asyncio.timeout(REPLAY_TIMEOUT_S):
-                    frames = await asking.recv_multipart()
+                try:
+                    async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                        frames = await asking.recv_multipart()
+                except TimeoutError:
+                    raise _Unended from None
                 number, payload = _frames(frames[1:])
                 if number == _END:
                     return
                 yield number, payload
-        except TimeoutError:
-            raise OSError(f"nothing was replayed from {self._source.replay} within {REPLAY_TIMEOUT_S:g} s") from None
         finally:
             asking.close(linger=0)
 
@@ -333,3 +379,28 @@ def _frames(frames: list[bytes]) -> tuple[int, bytes]:
     if len(frames) != 3 or len(frames[1]) != 8:
         raise MalformedFrame(f"{len(frames)} frames came; KV events have a topic, a number of 8 bytes and a payload")
     return int.from_bytes(frames[1], "big"), frames[2]
+
+
+async def _connect(connecting: Any, endpoint: str) -> None:
+    """Connect a socket. A name is looked up here: of IPv6 ZeroMQ has to be told, and closing it waits for its look-ups.
+
+    Raises:
+        OSError: the name is not known, or this is no endpoint.
+    """
+    import zmq  # noqa: PLC0415 - an extra
+
+    try:
+        connecting.connect(await _numeric(connecting, endpoint))
+    except (zmq.ZMQError, OSError, ValueError) as error:
+        raise OSError(f"{endpoint} cannot be connected to: {str(error) or type(error).__name__}") from error
+
+
+async def _numeric(connecting: Any, endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    if parts.scheme != "tcp" or not parts.hostname or not parts.port:
+        return endpoint
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # an engine binds IPv4 unless told
+    connecting.ipv6 = family == socket.AF_INET6
+    return f"tcp://[{address[0]}]:{parts.port}" if connecting.ipv6 else f"tcp://{address[0]}:{parts.port}"

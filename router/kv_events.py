@@ -5,6 +5,7 @@ array of time, events and data-parallel rank; an event is a map with its ``type`
 (``vllm.distributed.kv_events``). A replay endpoint, where there is one, sends again what it still has from a number on.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -122,6 +123,23 @@ def sources_of(body: bytes, host: str) -> dict[int, Source]:
         for rank, config in configs.items()
         if config.enable_kv_cache_events and config.publisher == "zmq" and config.endpoint
     }
+
+
+def source_of(sources: Mapping[int, Source], rank: int | None) -> Source | None:
+    """The publisher of a worker's cache, None where none is; ``why_none`` says why. A worker that is no rank has one cache,
+    whatever its number among the engines of a deployment."""
+    if rank is None and len(sources) == 1:
+        return next(iter(sources.values()))
+    return sources.get(rank) if rank is not None else None
+
+
+def why_none(sources: Mapping[int, Source], rank: int | None) -> str:
+    """Why ``source_of`` found none, and what to do."""
+    if rank is None and len(sources) > 1:
+        return (
+            f"{len(sources)} data-parallel ranks have a cache each: have them as workers each, with dp={len(sources)}"
+        )
+    return "the engine publishes no KV events: start it with --kv-events-config"
 
 
 def reachable(endpoint: str, host: str) -> str:

@@ -76,9 +76,11 @@ class Attempt(Delivery, eq=False, kw_only=True):
     worker: Worker
     flight: Flight
     generation: int
+    computed: bool = False
 
     def begun(self) -> None:
         worker, journey, flight = self.worker, self.journey, self.flight
+        self.computed = self.status < 400
         if self.status < 500 and worker.breaker.badness:
             worker.breaker.succeeded(self.generation)  # a long answer need not end to tell that the worker is back
         journey.decision.ttft_s = time.perf_counter() - journey.started
@@ -316,10 +318,11 @@ class Pipeline:
         except UpstreamError as error:
             outcome = "failed"
             self._failed(worker, error, attempt.generation)
-            self._sent.unsent(worker, assumed)
             raise
         finally:
             worker.load.finished(attempt.flight)
+            if assumed and not attempt.computed:
+                self._sent.unsent(worker, assumed)
             decision.outcome = outcome
             decision.duration_s = time.perf_counter() - journey.started
             series.ended(decision)

@@ -22,6 +22,7 @@ CHUNK_TOKENS = 256
 """Size of the chunks that are made of the prompts, where the engine's blocks divide it."""
 _CACHE_INFO = re.compile(r"^vllm:cache_config_info\{.*\} .*$", re.MULTILINE)
 _METRICS_TIMEOUT_S = 5.0
+_LARGEST_BLOCK = 1 << 20
 
 
 class EngineCache(msgspec.Struct, frozen=True):
@@ -65,7 +66,7 @@ def read_cache(metrics: str, rank: int = 0) -> EngineCache | None:
         size, blocks = int(labels["block_size"]), int(labels["num_gpu_blocks"])
     except (KeyError, ValueError):
         return None
-    return EngineCache(size, size * blocks) if size > 0 and blocks > 0 else None
+    return EngineCache(size, size * blocks) if 0 < size <= _LARGEST_BLOCK and blocks > 0 else None
 
 
 class SentMemory:
@@ -77,6 +78,8 @@ class SentMemory:
 
     def begin(self, worker: Worker) -> None:
         """Nothing is known of a worker's cache from now on but what is sent there."""
+        if worker.gone:
+            return  # its name may be another's
         self._held[worker.name] = OrderedDict()
         self._index.drop(worker.name)
         self._index.open(worker.name)
@@ -103,9 +106,10 @@ class SentMemory:
         return fresh
 
     def unsent(self, worker: Worker, chunks: Sequence[bytes]) -> None:
-        """A request failed before it was answered: what ``sent`` gave for it is not held. O(chunks)."""
+        """A request failed, was refused or given up before it was answered: what ``sent`` gave for it is not held.
+        O(chunks)."""
         held = self._held.get(worker.name)
-        if held is None:
+        if held is None or worker.gone:
             return
         for chunk in chunks:
             held.pop(chunk, None)

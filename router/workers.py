@@ -112,11 +112,12 @@ class Load:
 
 class Following(msgspec.Struct, eq=False):
     """KV events being followed: where they come from, whether what was missed can be replayed, whether everything the
-    engine holds was heard of, the last batch's number, and the blocks on record."""
+    engine holds was heard of, and whether that is known by now, the last batch's number, and the blocks on record."""
 
     endpoint: str
     replayed: bool
     complete: bool = False
+    settled: bool = False
     sequence: int = -1
     blocks: int = 0
 
@@ -139,6 +140,8 @@ class Worker:
         self.draining = False
         """Whether it gets no further request: it leaves, is drained by hand, or is held."""
         self.departing = False
+        self.gone = False
+        """Whether it was taken out, and what is counted under its name is another's."""
         self.hands_over = False
         """Whether it is writing its hottest chunks to the remote tier before it leaves."""
         self.held = ""
@@ -188,7 +191,8 @@ class Worker:
             self._hello is None
             and self.assumed_chunks > 0
             and not self.epochs
-            and (self.following is None or not self.following.complete)
+            and not self.gone
+            and (self.following is None or (self.following.settled and not self.following.complete))
         )
 
     @property

@@ -1,14 +1,26 @@
 """KV events of simulated publishers, through the gateway: never is a chunk believed that an engine dropped."""
 
 import asyncio
+import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from router import event_watcher
-from router.kv_events import AllBlocksCleared
+from router.breaker import Breaker
+from router.config import WorkerSpec
+from router.event_watcher import EventWatcher
+from router.history import History
+from router.index import Index
+from router.kv_events import AllBlocksCleared, BlockStored, Source
+from router.sent_memory import SentMemory
+from router.turns import Turns
+from router.upstream import Timeouts, Upstream
+from router.workers import Worker
 from tests.router.test_event_chunks import removed
 from tests.router.test_event_chunks import stored as stored_blocks
 from tests.support.event_publisher import SimulatedPublisher
@@ -258,7 +270,7 @@ def test_simulated_another_ranks_events_are_left_alone() -> None:
     async def scenario() -> None:
         publisher = await SimulatedPublisher().start()
         worker = await SimulatedWorker(reports=False).start()
-        publisher.introduce(worker, ranks=2)
+        publisher.introduce(worker, 0, 1)
         async with running_gateway(worker, workers=[f"{worker.url}#1,reports=none,name=a"]) as gateway:
             state = gateway.gateway.registry.workers[0]
             await until(lambda: state.following is not None)
@@ -301,3 +313,236 @@ def test_simulated_a_worker_taken_out_is_watched_no_longer() -> None:
             await worker.kill()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("drops", [{1}, {0, 2}, {1, -1}, {2, 3, -1}], ids=str)
+def test_simulated_what_a_replay_lost_is_asked_for_again(drops: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's replay socket drops what a connection is too slow for."""
+    monkeypatch.setattr(event_watcher, "REPLAY_TIMEOUT_S", 1.0)
+
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher().start()
+        await publisher.publish(stored(TEXT))
+        await publisher.publish(removed(list(TEXT.encode()), CHUNK // 4))
+        await publisher.publish(stored(OTHER))
+        await publisher.publish(removed(list(OTHER.encode()), 2 * CHUNK // 4))
+        publisher.drops = set(drops)
+        async with fleet(publisher) as (gateway, _):
+            await until(lambda: followed(gateway) is not None and followed(gateway).settled)
+            assert followed(gateway).sequence == 3
+            assert followed(gateway).complete is (0 not in drops)
+            if 0 not in drops:
+                assert await believed(gateway) == CHUNK
+            assert await believed(gateway, OTHER) == 2 * CHUNK
+            assert gateway.gateway.registry.workers[0].relists == {}
+
+    run(scenario())
+
+
+def test_simulated_a_replay_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_watcher, "LONGEST_REPLAY_S", 0.3)
+
+    async def endless(_: Any, start: int) -> AsyncIterator[tuple[int, bytes]]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield start, msgspec.msgpack.encode([1.0, [], 0])
+            start += 1
+
+    monkeypatch.setattr(event_watcher._Stream, "_replayed", endless)
+
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher().start()
+        worker = await SimulatedWorker(reports=False).start()
+        publisher.introduce(worker)
+        async with running_gateway(worker) as gateway:
+            state = gateway.gateway.registry.workers[0]
+            await until(lambda: "replayed for more than" in state.events_error)
+        publisher.stop()
+
+    run(scenario())
+
+
+def test_simulated_a_port_that_speaks_something_else_costs_no_knowledge() -> None:
+    async def scenario() -> None:
+        async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal refused
+            refused += 1
+            writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+            writer.close()
+
+        refused = 0
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        worker = await SimulatedWorker(reports=False).start()
+        async with running_gateway(worker, workers=[f"{worker.url},events=127.0.0.1:{port},name=a"]) as gateway:
+            state = gateway.gateway.registry.workers[0]
+            await until(lambda: state.assumes)
+            assert (await gateway.chat(TEXT)).status_code == 200
+            before = refused
+            await until(lambda: refused > before + 5)
+            assert (state.source, await believed(gateway)) == ("routed", WHOLE)
+        server.close()
+
+    run(scenario())
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+def test_simulated_ipv6_is_spoken() -> None:
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher(topic="", host="[::1]").start()
+        worker = await SimulatedWorker(reports=False).start()
+        where = f"events=[::1]:{publisher.port},replay=[::1]:{publisher.replay_port}"
+        async with running_gateway(worker, workers=[f"{worker.url},{where},name=a"]) as gateway:
+            await publisher.publish(stored(TEXT))
+            await until_believed(gateway, WHOLE)
+        publisher.stop()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("events", "said"), [("nobody.invalid:5", "tcp://nobody.invalid:5 cannot"), ("127.0.0.1:1", "nobody publishes")]
+)
+def test_simulated_where_nobody_is_that_is_said(events: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_watcher, "CONNECT_TIMEOUT_S", 0.3)
+
+    async def scenario() -> None:
+        worker = await SimulatedWorker(reports=False).start()
+        async with running_gateway(worker, workers=[f"{worker.url},events={events},name=a"]) as gateway:
+            state = gateway.gateway.registry.workers[0]
+            await until(lambda: state.events_error)
+            assert said in state.events_error
+
+    run(scenario())
+
+
+def test_simulated_what_failed_before_all_was_known_is_not_believed_after() -> None:
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher().start()
+        async with fleet(publisher) as (gateway, _):
+            await until(lambda: followed(gateway).settled)
+            assert followed(gateway).complete, "nothing was published yet, so nothing is held"
+            assert (await gateway.chat(TEXT)).status_code == 200  # its engine holds nothing of it
+            assert await believed(gateway) == 0
+            await publisher.publish(stored(OTHER))
+            await until_believed(gateway, len(OTHER) // CHUNK * CHUNK, OTHER)
+            assert (await believed(gateway), followed(gateway).complete) == (0, True)
+
+    run(scenario())
+
+
+def test_simulated_an_engine_of_several_has_its_own_number() -> None:
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher().start()
+        worker = await SimulatedWorker(reports=False).start()
+        publisher.introduce(worker, 3)
+        async with running_gateway(worker) as gateway:
+            state = gateway.gateway.registry.workers[0]
+            await until(lambda: state.source == "events")
+            await publisher.publish(stored(TEXT), rank=3)
+            await until_believed(gateway, WHOLE)
+        publisher.stop()
+
+    run(scenario())
+
+
+def test_simulated_several_caches_are_not_taken_for_one() -> None:
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher().start()
+        worker = await SimulatedWorker(reports=False).start()
+        publisher.introduce(worker, 0, 1)
+        async with running_gateway(worker) as gateway:
+            state = gateway.gateway.registry.workers[0]
+            await until(lambda: "dp=2" in state.events_error)
+            assert state.source == "routed"
+        publisher.stop()
+
+    run(scenario())
+
+
+class Alone:
+    """A watcher of a worker, by itself."""
+
+    def __init__(self) -> None:
+        self.index = Index()
+        upstream = Upstream("a", "http://127.0.0.1:1", Timeouts(1, 1, 1))
+        self.worker = Worker(WorkerSpec(url="http://127.0.0.1:1", reports="none", name="a"), upstream, Breaker(3, 1))
+        self.worker.assume(("m", CHUNK), 100)
+        self.watcher = EventWatcher(
+            self.worker,
+            self.index,
+            Turns(),
+            SentMemory(self.index),
+            history=History(),
+            most_blocks=1_000_000,
+            rng=random.Random(1),
+        )
+
+
+def test_a_worker_taken_out_changes_nothing_of_another_by_its_name() -> None:
+    async def scenario() -> None:
+        alone = Alone()
+        chunks = alone.watcher.begin(Source("tcp://127.0.0.1:1"))
+        alone.worker.gone = True
+        alone.index.drop("a")
+        alone.index.open("a")
+        alone.index.stored("a", "gpu", [b"0123456789abcdef"])
+        await alone.watcher.take(chunks, msgspec.msgpack.encode([1.0, [stored(TEXT), AllBlocksCleared()], 0]))
+        assert alone.index.size("a") == 1
+        assert not alone.worker.assumes
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["stored", "removed"])
+def test_events_that_change_no_chunk_let_others_have_their_turns(kind: str) -> None:
+    async def scenario() -> None:
+        alone = Alone()
+        chunks = alone.watcher.begin(Source("tcp://127.0.0.1:1"))
+        turns, blocks = 0, 64 * 100
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        beside = asyncio.create_task(others())
+        event: Any = BlockStored(list(range(blocks)), 999_999, [7] * blocks * 4, 4, "GPU")
+        if kind == "removed":
+            event = {"type": "BlockRemoved", "block_hashes": list(range(blocks)), "medium": "GPU"}
+        await alone.watcher.take(chunks, msgspec.msgpack.encode([1.0, [event], 0]))
+        beside.cancel()
+        assert turns >= 50
+
+    asyncio.run(scenario())
+
+
+def test_many_small_batches_let_others_have_their_turns() -> None:
+    async def scenario() -> None:
+        alone = Alone()
+        chunks = alone.watcher.begin(Source("tcp://127.0.0.1:1"))
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        beside = asyncio.create_task(others())
+        for _ in range(1000):
+            await alone.watcher.take(chunks, msgspec.msgpack.encode([1.0, [], 0]))
+        beside.cancel()
+        assert turns >= 20
+
+    asyncio.run(scenario())

@@ -27,6 +27,7 @@ class Named:
     def __init__(self, chunks: int) -> None:
         self.name = "a"
         self.assumed_chunks = chunks
+        self.gone = False
 
 
 def chunks(first: int, count: int) -> list[bytes]:
@@ -76,6 +77,7 @@ def test_what_failed_is_taken_back_and_what_was_there_before_stays() -> None:
         (info(10, enable_prefix_caching="False"), EngineCache(16, 0)),
         (info(10, num_gpu_blocks="None"), None),
         (info(10).replace(b"block_size", b"blocksize"), None),
+        (info(10, 1 << 40), None),
         (b"", None),
         (b"vllm:cache_config_info{ 1.0\n", None),
         (b"vllm:cache_config_info{a=b} 1.0\n", None),
@@ -144,6 +146,74 @@ def test_simulated_a_request_that_failed_is_not_held() -> None:
             a.raw_answer = []
             assert gateway.gateway.index.size("a") in (0, WHOLE // CHUNK)
             gateway.gateway.index.check()
+
+    run(scenario())
+
+
+def test_simulated_a_request_that_was_refused_is_not_held() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker(reports=False).start()
+        async with running_gateway(a) as gateway:
+            a.status = 400
+            assert (await gateway.chat(TEXT)).status_code == 400
+            a.status = 200
+            assert (await hit(gateway))[1] == 0
+            assert (await hit(gateway))[1] == WHOLE
+
+    run(scenario())
+
+
+def test_simulated_a_request_given_up_before_its_first_token_is_not_held() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker(reports=False).start()
+        async with running_gateway(a) as gateway:
+            a.hold_head.clear()
+            asked = asyncio.create_task(gateway.chat(TEXT))
+            state = gateway.gateway.registry.workers[0]
+            await until(lambda: state.load.in_flight)
+            assert gateway.gateway.index.size("a") == WHOLE // CHUNK
+            asked.cancel()
+            await until(lambda: not state.load.in_flight)
+            assert gateway.gateway.index.size("a") == 0
+            a.hold_head.set()
+
+    run(scenario())
+
+
+def test_simulated_another_process_holds_nothing_before_its_metrics_answer_either() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker(reports=False).start()
+        async with running_gateway(a, health_interval=0.05) as gateway:
+            await hit(gateway)
+            state = gateway.gateway.registry.workers[0]
+            await a.kill()
+            await until(lambda: not state.up)
+            asked = asyncio.Event()
+
+            async def silence(*_: object, **__: object) -> EngineCache:
+                asked.set()
+                await asyncio.sleep(3600)
+                raise AssertionError
+
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr("router.app.ask_cache", silence)
+                await a.start()
+                async with asyncio.timeout(20):
+                    await asked.wait()
+                assert state.up
+                assert gateway.gateway.index.size("a") == 0
+
+    run(scenario())
+
+
+def test_simulated_room_is_bounded_by_the_setting() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker(reports=False).start()
+        a.pages["/metrics"] = info(10**12)
+        async with running_gateway(a, max_worker_chunks=1) as gateway:
+            await hit(gateway)
+            assert gateway.gateway.registry.workers[0].assumed_chunks == 1
+            assert gateway.gateway.index.size("a") == 1
 
     run(scenario())
 
@@ -238,3 +308,17 @@ def test_where_events_are(text: str, watched: bool, endpoints: tuple[str, str] |
 def test_contradictions_are_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         WorkerSpec.parse(text)
+
+
+def test_simulated_the_dashboard_shows_what_is_assumed() -> None:
+    async def scenario() -> None:
+        a = await SimulatedWorker(reports=False).start()
+        a.pages["/metrics"] = info(1000)
+        async with running_gateway(a) as gateway:
+            await hit(gateway)
+            (row,) = (await gateway.get("/admin/fleet"))["workers"]
+            assert row["cache_source"] == "routed"
+            [tier] = row["tiers"]
+            assert tier == {"tier": "gpu", "chunks": WHOLE // CHUNK, "capacity": 62, "chunk_bytes": 0}
+
+    run(scenario())
