@@ -455,6 +455,20 @@ def test_simulated_an_engine_of_several_has_its_own_number() -> None:
     run(scenario())
 
 
+def test_simulated_what_was_counted_wrong_is_built_again() -> None:
+    async def scenario() -> None:
+        publisher = await SimulatedPublisher().start()
+        async with fleet(publisher) as (gateway, _):
+            await publisher.publish(stored(TEXT))
+            await until_believed(gateway, WHOLE)
+            gateway.gateway._miscarried("a")
+            assert gateway.gateway.index.size("a") == 0
+            await until_believed(gateway, WHOLE)
+            assert gateway.gateway.registry.workers[0].relists["audit"] == 1
+
+    run(scenario())
+
+
 def test_simulated_several_caches_are_not_taken_for_one() -> None:
     async def scenario() -> None:
         publisher = await SimulatedPublisher().start()
