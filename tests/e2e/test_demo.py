@@ -85,7 +85,7 @@ def test_the_demo_shows_the_main_job(tmp_path: Path) -> None:
     assert all(turn["hit_tokens"]["cpu"] > 0 for turn in back), "the first turn after the reset comes from the CPU tier"
     assert figures["cold_ttft_s"] == statistics.median(turn["ttft_s"] for turn in turns if turn["turn"] == 1)
     assert figures["warm_ttft_s"] < figures["cold_ttft_s"] / 2
-    assert wait_until(lambda: not processes_of(tmp_path / "run"), 10)
+    assert wait_until(lambda: not processes_of(tmp_path / "run"), 30)
 
 
 @pytest.mark.parametrize("ending", ["impatient Ctrl-C", "kill -9"])

@@ -331,7 +331,7 @@ def test_simulated_a_lost_stream_has_the_worker_described_again() -> None:
         async with running_gateway(worker, health_interval=4) as gateway:
             worker.loras = ["adapter"]
             worker.reset_readers()
-            await until(lambda: "adapter" in gateway.gateway.registry.pools, 2)
+            await until(lambda: "adapter" in gateway.gateway.registry.pools)
 
     run(scenario())
 

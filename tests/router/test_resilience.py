@@ -232,7 +232,7 @@ def test_simulated_a_long_answer_closes_the_breaker_with_its_first_byte() -> Non
             body = chat_body("hello", stream=True)
             async with gateway.client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 await anext(answer.aiter_bytes())
-                await until(lambda: breaker.state == "closed", 1)
+                await until(lambda: breaker.state == "closed", 5)
 
     run(scenario())
 

@@ -84,7 +84,7 @@ def test_engines_that_differ_exchange_nothing(alike: Alike, kind: str) -> None:
     with EngineProcess(
         alike.model, alike.workspace, kind.replace(" ", "-"), {**alike.settings, **settings}, options
     ) as engine:
-        eventually(lambda: engine.call("control", operation="stats")["tiers"]["disk"]["scanned"], 30)
+        eventually(lambda: engine.call("control", operation="stats")["tiers"]["disk"]["scanned"])
         mine, cached = served(engine)
         assert cached == 0
         engine.lose()

@@ -30,7 +30,7 @@ def free_port() -> int:
         return port if port < 55_000 else free_port()
 
 
-def eventually(holds: Callable[[], object], seconds: float = 30.0) -> None:
+def eventually(holds: Callable[[], object], seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "it did not happen in time"
@@ -193,7 +193,7 @@ class S3Server:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "MOTO_ALLOW_NONEXISTENT_REGION": "1"},
         )
-        eventually(self._answers, 30)
+        eventually(self._answers)
         for bucket in buckets:
             self.make_bucket(bucket)
         return self

@@ -124,7 +124,7 @@ def test_a_master_that_stops_dies_and_comes_back(tmp_path: Path) -> None:
         time.sleep(0.2)
         assert slot == b"---"
         master.start()
-        eventually(lambda: _stores(store), 20)
+        eventually(lambda: _stores(store))
     finally:
         store.close()
         master.kill()
