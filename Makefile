@@ -1,7 +1,7 @@
 # make demo    two real vLLM engines (CPU build) behind the gateway, on this machine; ARGS are passed on
 # make test    every check: style, types, tests, the tests on real engines
 # make check   style and types only; make unit   the tests that start no engine
-#   tests run in two processes, one of which has all that start engines; in one with PROCESSES=
+#   tests run in two processes, one of which has all that start engines, and those that fail once more, alone; in one with PROCESSES=
 # make wheel   the wheel under dist, with the platform tag that its libraries allow; TAG=no leaves it as built
 # make docs    these pages as a site under build/docs, warnings being errors; make docs-reference   what they take from the code
 # make lock    writes the locked requirements anew; make sbom, make audit   what is in the images, and what is known of it
@@ -30,7 +30,7 @@ demo: $(STAMPS)/package
 	$(BIN)/warmroute demo $(ARGS)
 
 test: check $(STAMPS)/engine $(STAMPS)/servers $(STAMPS)/browser $(STAMPS)/bench
-	cd $(STAMPS)/bench && ../../bin/python -m pytest $(PROCESSES) $(ARGS)
+	$(call tested,)
 
 check: $(STAMPS)/tools
 	$(BIN)/ruff check .
@@ -38,7 +38,15 @@ check: $(STAMPS)/tools
 	$(BIN)/mypy
 
 unit: $(STAMPS)/tools $(STAMPS)/servers $(STAMPS)/browser $(STAMPS)/bench
-	cd $(STAMPS)/bench && ../../bin/python -m pytest -m 'not engine' $(PROCESSES) $(ARGS)
+	$(call tested,-m 'not engine')
+
+# Tests whose subject is time may fail where others starve them: what failed is tried once more with nothing beside it, and
+# has failed if it fails again. Both results are printed.
+define tested
+	@cd $(STAMPS)/bench && { ../../bin/python -m pytest $(1) $(PROCESSES) $(ARGS) || { test $$? = 1 && \
+		echo "once more, alone, what failed beside other tests:" && \
+		../../bin/python -m pytest $(1) --last-failed --last-failed-no-failures none $(ARGS); }; }
+endef
 
 # The tests run from a copy, so that what they import is the installed package and not the sources beside them.
 .PHONY: $(STAMPS)/bench
