@@ -63,7 +63,7 @@ class _Unended(Exception):
 
 
 class EventWatcher:
-    """Watches one worker. ``ask`` gives the body of its ``GET /kv_event_sources``."""
+    """Watches one worker, from its first ``nudge`` on."""
 
     def __init__(
         self,
@@ -191,9 +191,6 @@ class EventWatcher:
             for change in chunks.apply(event):
                 await self._turns.take(change.blocks * _BLOCK_TURN)
                 self._bring(change)
-        following = worker.following
-        if following is not None:
-            following.complete, following.blocks = chunks.complete, len(chunks)
 
     def _bring(self, change: Change) -> None:
         name = self._worker.name
@@ -214,7 +211,7 @@ class EventWatcher:
         """Batches up to this number are in the index, -1 before the first."""
         following = self._worker.following
         if following is not None:
-            following.sequence, following.complete = number, chunks.complete
+            following.sequence, following.complete, following.blocks = number, chunks.complete, len(chunks)
             following.settled = chunks.complete or number >= 0
         self._logged = ""
 
